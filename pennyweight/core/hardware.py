@@ -1,0 +1,249 @@
+"""What this machine has, and what that rules in and out.
+
+Asked of the operating system, never assumed: cores and memory are the smallest of what is installed, what the process may
+use (affinity) and what its control groups allow, since a container on a 64-core host with a quota of two cores is a 2-core
+machine. A quota of 1.5 cores counts as one: a second thread would be stopped by the kernel for half of every period. The
+alternative, ``os.cpu_count()``, is what makes libraries start 64 threads in such a container.
+
+Cost: the answer is a snapshot; a quota changed later is not seen.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import os
+import platform
+import shutil
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import psutil
+import torch
+
+FEATURES = {
+    "avx2": "avx2", "avx512f": "avx512", "avx512_vnni": "avx512_vnni", "avx_vnni": "avx_vnni", "avx512_bf16": "avx512_bf16",
+    "avx512_fp16": "avx512_fp16", "amx_int8": "amx_int8", "amx_bf16": "amx_bf16",
+    "asimd": "neon", "asimddp": "dotprod", "i8mm": "i8mm", "bf16": "bf16", "sve": "sve",
+}  # fmt: skip
+"""Instruction sets that change a decision here: the kernel's name -> ours."""
+
+INT8 = ("avx512_vnni", "avx_vnni", "amx_int8", "dotprod", "i8mm")
+BF16 = ("avx512_bf16", "amx_bf16", "bf16")
+
+
+@dataclasses.dataclass(frozen=True)
+class Device:
+    """One place that computes and holds memory."""
+
+    name: str
+    """``cpu`` or ``cuda:0``, as PyTorch calls it."""
+    kind: Literal["cpu", "cuda"]
+    cores: int
+    """Cores this process may use; streaming multiprocessors of a GPU."""
+    memory_bytes: int
+    """Memory this process may use (all of it, not what is free just now)."""
+    features: tuple[str, ...] = ()
+    """Instruction sets, or ``sm_90`` and the like, that change a decision."""
+    model: str = ""
+    """The product's name."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Topology:
+    """The devices there are, the CPU first."""
+
+    devices: tuple[Device, ...]
+
+    @property
+    def cpu(self) -> Device:
+        return next(d for d in self.devices if d.kind == "cpu")
+
+    @property
+    def gpus(self) -> tuple[Device, ...]:
+        return tuple(d for d in self.devices if d.kind == "cuda")
+
+
+@dataclasses.dataclass(frozen=True)
+class Extra:
+    """An optional part: what it would bring, and how to get it."""
+
+    name: str
+    brings: str
+    installed: str
+    """The version found, or empty."""
+    remedy: str
+    """The command that installs it, or what is wrong with the version found; empty when all is well."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Finding:
+    """One thing this machine allows or rules out."""
+
+    allowed: bool
+    text: str
+
+
+def detect() -> Topology:
+    """The devices this process may use: one CPU, and every CUDA device PyTorch sees."""
+    cores, memory = limits()
+    name, features = processor()
+    cpu = Device("cpu", "cpu", cores, memory, features, name)
+    return Topology((cpu, *(_gpu(i) for i in range(torch.cuda.device_count()))))
+
+
+def _gpu(index: int) -> Device:
+    found = torch.cuda.get_device_properties(index)
+    capability = (f"sm_{found.major}{found.minor}",)
+    return Device(f"cuda:{index}", "cuda", found.multi_processor_count, found.total_memory, capability, found.name)
+
+
+def limits(groups: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> tuple[int, int]:
+    """Cores and bytes of memory this process may use; the arguments say where its control groups are read."""
+    cores, memory = _affinity(), psutil.virtual_memory().total
+    for folder in _groups(groups, own):
+        quota, period, limit = _quota(folder)
+        if quota > 0 and period > 0:
+            cores = min(cores, max(1, quota // period))
+        if limit > 0:
+            memory = min(memory, limit)
+    return cores, memory
+
+
+def _affinity() -> int:
+    try:
+        return len(os.sched_getaffinity(0))
+    except AttributeError:  # not on macOS
+        return os.cpu_count() or 1
+
+
+def _groups(root: Path, own: Path) -> Iterator[Path]:
+    """The folders of our control groups up to the root: a limit of a parent binds as well. Version 2, then version 1."""
+    names = [line.split(":", 2)[1:] for line in _text(own).splitlines() if line.count(":") >= 2]
+    for controllers, path in names:
+        for top in [root] if not controllers else [root / c for c in (controllers, *controllers.split(","))]:
+            inner = top / path.strip("/")
+            yield from (p for p in (inner, *inner.parents) if p == top or top in p.parents)
+
+
+def _quota(folder: Path) -> tuple[int, int, int]:
+    """CPU quota, its period, and the memory limit of a control group; 0 where there is none."""
+    quota, period = (_text(folder / "cpu.max").split() or ["0", "0"])[:2]
+    return (
+        _number(quota) or _number(_text(folder / "cpu.cfs_quota_us")),
+        _number(period) or _number(_text(folder / "cpu.cfs_period_us")),
+        _number(_text(folder / "memory.max")) or _number(_text(folder / "memory.limit_in_bytes")),
+    )
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text().strip()
+    except OSError:
+        return ""
+
+
+def _number(text: str) -> int:
+    return int(text) if text.isdigit() else 0
+
+
+def processor(cpuinfo: Path = Path("/proc/cpuinfo")) -> tuple[str, tuple[str, ...]]:
+    """The CPU's name and those of its instruction sets that change a decision here."""
+    fields: dict[str, str] = {}
+    for line in _text(cpuinfo).splitlines():
+        key, _, value = line.partition(":")
+        fields.setdefault(key.strip().lower(), value.strip())
+    flags = set((fields.get("flags") or fields.get("features") or "").split())
+    return fields.get("model name") or platform.processor() or platform.machine(), tuple(
+        ours for theirs, ours in FEATURES.items() if theirs in flags
+    )
+
+
+def machine() -> dict[str, Any]:
+    """What a result keeps about the machine: ``cpu``, ``cores``, ``memory`` (bytes), ``gpu`` (a name or None)."""
+    topology = detect()
+    gpus = [g.model for g in topology.gpus]
+    return {
+        "cpu": topology.cpu.model,
+        "cores": topology.cpu.cores,
+        "memory": topology.cpu.memory_bytes,
+        "gpu": ", ".join(gpus) or None,
+    }
+
+
+def versions() -> dict[str, str]:
+    """Versions that can change a result, of those packages that are installed."""
+    names = ("pennyweight", "torch", "numpy", "polars", "pyarrow", "safetensors", "onnxruntime", "onnx", "keras", "torchrec")
+    return {"python": platform.python_version(), **{n: v for n in names if (v := _version(n))}}
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return ""
+
+
+OPTIONAL: tuple[tuple[str, tuple[str, ...], str, str], ...] = (
+    ("onnxruntime", ("onnxruntime", "onnx", "onnxscript"), "the onnxruntime engine, often 2x faster for one request",
+     "pip install onnxruntime onnx onnxscript"),
+    ("torchrec", ("torchrec", "fbgemm-gpu-cpu"), "tables sharded over many workers",
+     "pip install --no-deps torchrec==1.8.0 fbgemm-gpu-cpu==1.8.0"),
+    ("ray", ("ray",), "placing and restarting workers on a cluster", "pip install ray"),
+    ("keras", ("keras",), "Keras 3 models on the torch backend", "pip install keras"),
+    ("faiss", ("faiss-cpu",), "approximate search over millions of items", "pip install faiss-cpu"),
+    ("usearch", ("usearch",), "approximate search over millions of items, small install", "pip install usearch"),
+    ("torchao", ("torchao",), "quantized dense layers on a GPU", "pip install torchao"),
+    ("openvino", ("openvino", "nncf"), "a peer to compare int8 with", "pip install openvino nncf"),
+    ("redis", ("redis",), "user state shared by several services", "pip install redis"),
+)  # fmt: skip
+
+TRIED = {"fbgemm-gpu-cpu": ("1.8.0", "2.13"), "torchrec": ("1.8.0", "2.13")}
+"""Packages bound to one version of torch: the version that loads beside it (others fail with an undefined symbol)."""
+
+
+def extras() -> list[Extra]:
+    """Every optional part, found by its metadata (nothing is imported, so a broken one cannot break this)."""
+    return [_extra(*row) for row in OPTIONAL]
+
+
+def _extra(name: str, packages: Sequence[str], brings: str, install: str) -> Extra:
+    found = {p: _version(p) for p in packages}
+    missing = [p for p, v in found.items() if not v]
+    if missing:
+        partly = f"{', '.join(missing)} missing: " if len(missing) < len(found) else ""
+        return Extra(name, brings, "", partly + install)
+    wrong = [p for p, v in found.items() if p in TRIED and torch.__version__.startswith(TRIED[p][1]) and v != TRIED[p][0]]
+    unfit = f"{wrong[0]} {found[wrong[0]]} does not load beside torch {torch.__version__}: {install}" if wrong else ""
+    return Extra(name, brings, found[packages[0]], unfit)
+
+
+def findings(topology: Topology) -> list[Finding]:
+    """What the machine rules in and out, in sentences for a person."""
+    cpu, gpus = topology.cpu, topology.gpus
+    has = set(cpu.features)
+    compiler = next((c for c in (os.environ.get("CXX", ""), "g++", "clang++", "c++") if c and shutil.which(c)), "")
+    return [
+        _either(bool(gpus), f"GPU: {', '.join(g.model for g in gpus)}", "no GPU: tables, training and serving stay on the CPU"),
+        _either(
+            bool(has & set(INT8)),
+            f"int8 dense layers run on {', '.join(sorted(has & set(INT8)))}",
+            "no int8 dot-product instructions (VNNI, AMX, dotprod): int8 dense layers save bytes, but may be slower than fp32",
+        ),
+        _either(
+            bool(has & set(BF16)),
+            f"bf16 arithmetic runs on {', '.join(sorted(has & set(BF16)))}",
+            "no bf16 instructions: bf16 saves bytes, not time",
+        ),
+        _either(bool(compiler), f"torch.compile can build kernels with {compiler}", "no C++ compiler: no torch.compile; apt install g++"),
+        _either(
+            cpu.cores > 1,
+            f"{cpu.cores} cores: measure the threads of one request, more is often slower on a busy machine",
+            "one core: one thread a request, and training competes with serving",
+        ),
+    ]
+
+
+def _either(allowed: bool, yes: str, no: str) -> Finding:
+    return Finding(allowed, yes if allowed else no)
