@@ -58,10 +58,12 @@ class Topology:
 
     @property
     def cpu(self) -> Device:
+        """The host's processor; every topology has one."""
         return next(d for d in self.devices if d.kind == "cpu")
 
     @property
     def gpus(self) -> tuple[Device, ...]:
+        """The CUDA devices, in PyTorch's order; often none."""
         return tuple(d for d in self.devices if d.kind == "cuda")
 
 
@@ -223,7 +225,7 @@ def findings(topology: Topology) -> list[Finding]:
     """What the machine rules in and out, in sentences for a person."""
     cpu, gpus = topology.cpu, topology.gpus
     has = set(cpu.features)
-    compiler = next((c for c in (os.environ.get("CXX", ""), "g++", "clang++", "c++") if c and shutil.which(c)), "")
+    cxx = compiler()
     return [
         _either(bool(gpus), f"GPU: {', '.join(g.model for g in gpus)}", "no GPU: tables, training and serving stay on the CPU"),
         _either(
@@ -236,13 +238,18 @@ def findings(topology: Topology) -> list[Finding]:
             f"bf16 arithmetic runs on {', '.join(sorted(has & set(BF16)))}",
             "no bf16 instructions: bf16 saves bytes, not time",
         ),
-        _either(bool(compiler), f"torch.compile can build kernels with {compiler}", "no C++ compiler: no torch.compile; apt install g++"),
+        _either(bool(cxx), f"torch.compile builds kernels with {cxx}", "no C++ compiler: no torch.compile; apt install g++"),
         _either(
             cpu.cores > 1,
             f"{cpu.cores} cores: measure the threads of one request, more is often slower on a busy machine",
             "one core: one thread a request, and training competes with serving",
         ),
     ]
+
+
+def compiler() -> str:
+    """The C++ compiler torch.compile would use for the CPU, or an empty text."""
+    return next((c for c in (os.environ.get("CXX", ""), "g++", "clang++", "c++") if c and shutil.which(c)), "")
 
 
 def _either(allowed: bool, yes: str, no: str) -> Finding:

@@ -1,0 +1,221 @@
+"""A budget in words: what may be spent, and what must not be lost.
+
+    p99 <= 10ms, bytes <= 1MB, memory <= 64MB, cost <= 0.5 USD/M, auc drop <= 0.001
+
+Clauses are joined by a comma, a semicolon, a new line or "and". Each is a name, ``<=`` (``<`` and ``≤`` mean the same: a
+measured number never sits exactly on a limit), a number and its unit. Words rather than flags or a file, because the same
+line is typed, stored with the result and read back by a person; a unit is never guessed, since 10 could be ms or s.
+
+Two kinds of limits:
+
+* *spend* (``p50``, ``p99``, ``bytes``, ``memory``, ``cost``). A budget without any means: as cheap as possible.
+* *margins*: how far a quality metric may get worse, as ``METRIC drop <= NUMBER``. A plain number is absolute; with ``%``
+  it is relative to the baseline's value (0.5 % of a recall of 0.2 is 0.001). ``quality`` stands for whichever metric the
+  model is judged by. Where no margin is given it is 0.001, absolute: what MLPerf's 99.9 % rule comes to for an AUC of .8,
+  and what BARS' maintainers call an exact reproduction. "Drop" is always towards worse, for a loss too.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections.abc import Iterable, Mapping
+
+from pennyweight.core.errors import BudgetError
+
+DEFAULT_MARGIN = 0.001
+"""The absolute drop allowed of a metric that no margin names."""
+
+EXAMPLE = "p99 <= 10ms, bytes <= 1MB, auc drop <= 0.001"
+
+TIME = {"us": 1e-3, "µs": 1e-3, "ms": 1.0, "s": 1e3}
+SIZE = {"b": 1, "kb": 1e3, "mb": 1e6, "gb": 1e9, "tb": 1e12, "kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
+SPENDS: dict[str, tuple[str, Mapping[str, float]]] = {
+    "p50": ("p50_ms", TIME),
+    "p99": ("p99_ms", TIME),
+    "bytes": ("bytes", SIZE),
+    "memory": ("memory_bytes", SIZE),
+    "cost": ("cost", {}),
+}
+"""What may be limited: its name -> the field, and its units (in ms, in bytes; money has its own form)."""
+
+METRICS = ("quality", "auc", "accuracy", "log_loss", "normalized_entropy", "recall@K", "ndcg@K", "hit_rate@K")
+"""Metrics a margin may name; K is a number."""
+
+ALIASES = {
+    "size": "bytes", "ram": "memory", "price": "cost", "logloss": "log_loss", "ne": "normalized_entropy", "hr": "hit_rate",
+}  # fmt: skip
+"""Other words people write for them."""
+
+_CLAUSE = re.compile(r"([^<>=≤≥]+)(<=|=<|≤|<|>=|≥|>|==?)([^<>=≤≥]*)")
+_AMOUNT = re.compile(r"\s*(\$?)\s*([-+]?(?:\d+\.?\d*|\.\d+)(?:e[-+]?\d+)?)(.*)", re.IGNORECASE)
+_MONEY = re.compile(r"([A-Za-z]{3}|\$)\s*(/|per)\s*(m|million|million requests)", re.IGNORECASE)
+
+
+@dataclasses.dataclass(frozen=True)
+class Budget:
+    """Upper limits; None is no limit. ``parse`` makes one from words, ``describe`` gives the words back."""
+
+    p50_ms: float | None = None
+    """Milliseconds for one request, half of the time."""
+    p99_ms: float | None = None
+    """Milliseconds for one request, 99 times of 100."""
+    bytes: float | None = None
+    """The weights file."""
+    memory_bytes: float | None = None
+    """Peak resident memory that loading and scoring adds to the process."""
+    cost: float | None = None
+    """Money for a million requests, in ``currency``."""
+    currency: str = "USD"
+    margins: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    """Metric -> the largest absolute drop."""
+    relative: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    """Metric -> the largest drop as a share of the baseline's value (0.005 for 0.5 %)."""
+
+    def __post_init__(self) -> None:
+        for name, (field, _) in SPENDS.items():
+            value = getattr(self, field)
+            if value is not None and not (math.isfinite(value) and value > 0):
+                raise BudgetError(f"{name} <= {value:g}: nothing can be that small; give a limit above 0, as in: {EXAMPLE}")
+        for metric, drop in [*self.margins.items(), *self.relative.items()]:
+            if not 0 <= drop < 1:
+                raise BudgetError(f"{metric} drop <= {drop:g}: a drop lies between 0 and 1 (0 % and 100 %), as in: {EXAMPLE}")
+        for metric in set(self.margins) & set(self.relative):
+            raise BudgetError(f"{metric} drop: two limits, absolute and relative; keep one")
+
+    def margin(self, metric: str, baseline: float) -> float:
+        """The largest absolute drop of ``metric`` from ``baseline`` that this budget allows."""
+        for name in (metric, "quality"):
+            if name in self.margins:
+                return self.margins[name]
+            if name in self.relative:
+                return self.relative[name] * abs(baseline)
+        return DEFAULT_MARGIN
+
+    def describe(self) -> str:
+        """The budget in words that ``parse`` reads back to the same meaning; a default margin is written out."""
+        spends = [f"{name} <= {self._show(field, getattr(self, field))}" for name, field in self._limited()]
+        margins = [f"{m} drop <= {drop:.10g}" for m, drop in self.margins.items()]
+        margins += [f"{m} drop <= {drop * 100:.10g}%" for m, drop in self.relative.items()]
+        return ", ".join(spends + (margins or [f"quality drop <= {DEFAULT_MARGIN:g}"]))
+
+    def misses(
+        self,
+        *,
+        p50_ms: float | None = None,
+        p99_ms: float | None = None,
+        bytes: float | None = None,
+        memory_bytes: float | None = None,
+        cost: float | None = None,
+    ) -> tuple[str, ...]:
+        """Which limits are not kept, a sentence each; empty when all are. A limit nothing was measured for is not kept."""
+        spent = {"p50_ms": p50_ms, "p99_ms": p99_ms, "bytes": bytes, "memory_bytes": memory_bytes, "cost": cost}
+        return tuple(miss for name, field in self._limited() if (miss := self._miss(name, field, spent[field])))
+
+    def _miss(self, name: str, field: str, value: float | None) -> str:
+        limit = getattr(self, field)
+        if value is None:
+            return f"{name} was not measured, and the limit is {self._show(field, limit)}"
+        if value <= limit:
+            return ""
+        return f"{name} is {self._show(field, value, 4)}, {value / limit:.3g}x the limit of {self._show(field, limit)}"
+
+    def _limited(self) -> Iterable[tuple[str, str]]:
+        return ((name, field) for name, (field, _) in SPENDS.items() if getattr(self, field) is not None)
+
+    def _show(self, field: str, value: float, digits: int = 10) -> str:
+        if field == "cost":
+            return f"{value:.{digits}g} {self.currency}/M"
+        if field.endswith("_ms"):
+            return f"{value:.{digits}g} ms"
+        scale, unit = next(((s, u) for s, u in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")) if value >= s), (1, "B"))
+        return f"{value / scale:.{digits}g} {unit}"
+
+
+def parse(text: str) -> Budget:
+    """The budget that a line of words names.
+
+    Raises:
+        BudgetError: the text is empty, or a clause has an unknown name or unit, a number no limit can have, or a name
+            that was limited before; the message shows the clause, the known names and an example.
+    """
+    clauses = [c.strip() for c in re.split(r",|;|\n|\band\b", text) if c.strip()]
+    if not clauses:
+        raise BudgetError(f"the budget is empty; write what may be spent and what must not be lost, as in: {EXAMPLE}")
+    fields: dict[str, object] = {}
+    margins: dict[str, dict[str, float]] = {"margins": {}, "relative": {}}
+    for clause in clauses:
+        name, number, unit = _clause(clause)
+        metric = name.removesuffix(" drop")
+        if metric != name:
+            kind, amount = _margin(clause, number, unit)
+            _once(clause, margins["margins"].keys() | margins["relative"].keys(), found := _metric(clause, metric))
+            margins[kind][found] = amount
+            continue
+        field, amount, currency = _spend(clause, name, number, unit)
+        _once(clause, fields.keys(), field)
+        fields |= {field: amount, **currency}
+    return Budget(**fields, **margins)  # type: ignore[arg-type]
+
+
+def _clause(clause: str) -> tuple[str, float, str]:
+    found = _CLAUSE.fullmatch(clause)
+    if not found:
+        raise _wrong(clause, "is not of the form NAME <= NUMBER UNIT")
+    name, sign, rest = found.groups()
+    if sign not in ("<=", "=<", "≤", "<"):
+        raise _wrong(clause, f"has {sign!r}; every limit is an upper one, written <=")
+    amount = _AMOUNT.fullmatch(rest)
+    if not amount:
+        raise _wrong(clause, f"has {rest.strip()!r} where a number belongs (as 10, 0.5 or 1e-3)")
+    number = float(amount[2])
+    if number < 0 or not math.isfinite(number):
+        raise _wrong(clause, f"limits to {number:g}, which nothing can keep")
+    return re.sub(r"\s+", " ", name.strip().lower()), number, (amount[1] + amount[3]).strip()
+
+
+def _margin(clause: str, number: float, unit: str) -> tuple[str, float]:
+    if unit not in ("", "%"):
+        raise _wrong(clause, f"has the unit {unit!r}; a drop is a plain number, or % of the baseline's value")
+    amount = number / 100 if unit else number
+    if amount >= 1:
+        raise _wrong(clause, "would allow any loss; a drop lies between 0 and 1 (0 % and 100 %)")
+    return ("relative" if unit else "margins"), amount
+
+
+def _metric(clause: str, word: str) -> str:
+    name, at, k = word.replace(" ", "_").partition("@")
+    name = ALIASES.get(name, name)
+    if f"{name}@K" in METRICS and re.fullmatch(r"[1-9]\d*", k):
+        return f"{name}@{k}"
+    if name in METRICS and not at:
+        return name
+    raise _wrong(clause, f"names an unknown metric {word!r}; known metrics: {', '.join(METRICS)} (K a number, as recall@20)")
+
+
+def _spend(clause: str, word: str, number: float, unit: str) -> tuple[str, float, dict[str, str]]:
+    name = ALIASES.get(word, word.removesuffix(" latency"))
+    if name not in SPENDS:
+        raise _wrong(clause, f"limits {word!r}; known: {', '.join(SPENDS)}, and METRIC drop (metrics: {', '.join(METRICS)})")
+    field, units = SPENDS[name]
+    if number == 0:
+        raise _wrong(clause, "limits to 0, which nothing can keep")
+    if field == "cost":
+        money = _MONEY.fullmatch(unit)
+        if not money:
+            raise _wrong(clause, f"has {unit or 'no unit'!r}; money is per million requests, as in: cost <= 0.5 USD/M")
+        return field, number, {"currency": "USD" if money[1] == "$" else money[1].upper()}
+    if unit.lower() not in units:
+        known = "us, ms, s" if units is TIME else "B, kB, MB, GB, KiB, MiB, GiB"
+        raise _wrong(clause, f"has the unit {unit!r}; known: {known}" if unit else f"has no unit; known: {known}")
+    return field, number * units[unit.lower()], {}
+
+
+def _once(clause: str, before: Iterable[str], name: str) -> None:
+    if name in before:
+        raise _wrong(clause, f"limits {name.removesuffix('_ms').removesuffix('_bytes')} a second time; keep one of the two")
+
+
+def _wrong(clause: str, fault: str) -> BudgetError:
+    return BudgetError(f"budget: {clause!r} {fault}. Example: {EXAMPLE}")
