@@ -1,0 +1,65 @@
+# `make demo` and `make test` are all the set-up there is: each builds .venv first, where it is missing or out of date.
+PYTHON ?= $(or $(shell command -v python3.11),$(shell command -v python3),python3)
+ARGS ?=
+BIN := .venv/bin
+EXTRAS := serve,report,onnx,keras,bench,test
+# The tests run side by side, so each process keeps to one thread.
+ONE := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
+.DEFAULT_GOAL := help
+.SUFFIXES:
+.PHONY: help env demo test lint format type docs bench test-browser test-slow clean
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z%-]+:.*## /{printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+env: .venv/stamp ## build .venv with everything the targets need
+
+.venv/stamp: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || \
+	  { echo 'Pennyweight needs Python 3.11 or newer, and "$(PYTHON)" is not. Install one, or name it: make PYTHON=/path/to/python3.11'; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || \
+	  { echo '"$(PYTHON)" cannot make environments. On Debian and Ubuntu: apt-get install python3-venv'; exit 1; }
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[$(EXTRAS)]'
+	@touch $@
+
+demo: .venv/stamp ## train, optimize, prove, report and answer a request, on the shipped sample
+	$(BIN)/pennyweight demo --out runs/demo $(ARGS)
+
+test: lint type ## every gate: format, lint, types, tests (ARGS go to pytest)
+	$(ONE) $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile -m 'not browser and not slow' $(ARGS)
+
+lint: .venv/stamp ## ruff: format and rules
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+
+format: .venv/stamp ## let ruff write what it can
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+type: .venv/stamp ## mypy, strict
+	$(BIN)/mypy
+
+docs: .venv/stamp ## run every block and check every command of README and docs
+	$(ONE) $(BIN)/python -m pytest tests/test_docs.py $(ARGS)
+
+bench: .venv/stamp ## list the benchmarks
+	@$(BIN)/python -c 'import ast, pathlib; [print(f"  make bench-{p.stem:14}", (ast.get_docstring(ast.parse(p.read_text())) or "").split("\n")[0]) for p in sorted(pathlib.Path("benchmarks").glob("[a-z]*.py"))]'
+
+bench-%: .venv/stamp ## run one (ARGS=--quick checks the harness only)
+	$(BIN)/python -m benchmarks.$* $(ARGS)
+
+.venv/browser: .venv/stamp
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[browser]'
+	@touch $@
+
+test-browser: .venv/browser ## page and report in a real browser (Debian's chromium)
+	@command -v chromium >/dev/null || { echo 'no chromium here; on Debian: apt-get install chromium'; exit 1; }
+	$(BIN)/python -m pytest -m browser $(ARGS)
+
+test-slow: .venv/stamp ## what takes minutes
+	$(BIN)/python -m pytest -m slow $(ARGS)
+
+clean: ## remove the environment, the caches and the demo
+	rm -rf .venv runs/demo build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,1 @@
+"""Errors, configuration, hardware, budgets, measuring: knows nothing of recommenders."""

@@ -1,0 +1,1 @@
+"""Models as spec and weights, training, metrics, bundles, transforms."""

@@ -1,0 +1,1 @@
+"""The search over plans under a budget, with the proof."""
