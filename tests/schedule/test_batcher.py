@@ -1,0 +1,232 @@
+"""The queue with a clock that only the test moves; the asyncio part with a thread that only the test lets go."""
+
+import asyncio
+import threading
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from pennyweight.core.errors import Overloaded
+from pennyweight.model.bundle import Policy
+from pennyweight.schedule.batcher import Batcher, Queue
+
+
+class Clock:
+    now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+def values(batch: Sequence[object]) -> list[object]:
+    return [waiting.value for waiting in batch]  # type: ignore[attr-defined]
+
+
+def test_without_joining_each_runs_alone_and_at_once_in_order(clock: Clock) -> None:
+    queue = Queue[str](Policy(batch=1, wait_ms=50), clock)
+    assert queue.take() == [] and queue.due is None
+    queue.offer("a")
+    queue.offer("b")
+    assert queue.due == clock.now
+    assert values(queue.take()) == ["a"]
+    assert values(queue.take()) == ["b"]
+    assert queue.take() == []
+
+
+def test_the_first_waits_for_others_until_its_wait_is_over(clock: Clock) -> None:
+    queue = Queue[str](Policy(batch=3, wait_ms=10), clock)
+    queue.offer("a")
+    clock.now += 0.006
+    queue.offer("b")
+    assert queue.take() == []
+    assert queue.due == pytest.approx(100.010)
+    clock.now = 100.010
+    assert values(queue.take()) == ["a", "b"]
+
+
+def test_a_full_batch_waits_for_nobody_and_leaves_the_rest(clock: Clock) -> None:
+    queue = Queue[int](Policy(batch=3, wait_ms=10), clock)
+    for i in range(4):
+        queue.offer(i)
+    assert values(queue.take()) == [0, 1, 2]
+    assert queue.take() == []
+    assert values(queue.take(hurry=True)) == [3]
+
+
+def test_one_more_than_the_queue_holds_is_refused_with_when_to_come_back(clock: Clock) -> None:
+    queue = Queue[int](Policy(queue=4), clock)
+    queue.ran(2, 1.0)
+    for i in range(4):
+        queue.offer(i)
+    with pytest.raises(Overloaded, match="4 requests wait, and the queue holds 4") as refused:
+        queue.offer(4)
+    assert refused.value.retry_after == pytest.approx(2.0)
+    assert len(queue) == 4
+
+
+def test_only_those_past_their_deadline_are_late(clock: Clock) -> None:
+    queue = Queue[str](Policy(deadline_ms=100), clock)
+    queue.offer("a")
+    clock.now += 0.06
+    queue.offer("b")
+    assert queue.late() == [] and queue.expires == pytest.approx(100.1)
+    clock.now = 100.1
+    assert values(queue.late()) == ["a"]
+    assert queue.expires == pytest.approx(100.16)
+    assert values(queue.take()) == ["b"]
+
+
+def test_a_client_that_left_is_not_run(clock: Clock) -> None:
+    queue = Queue[str](Policy(), clock)
+    left = queue.offer("a")
+    queue.offer("b")
+    queue.drop(left)
+    queue.drop(left)
+    assert values(queue.take()) == ["b"]
+
+
+def test_learns_what_a_request_takes(clock: Clock) -> None:
+    queue = Queue[str](Policy(), clock)
+    queue.offer("a")
+    queue.ran(4, 4.0)
+    assert queue.drain == pytest.approx(1.0)
+    for _ in range(100):
+        queue.ran(1, 3.0)
+    assert queue.drain == pytest.approx(3.0, rel=1e-3)
+
+
+class Gate:
+    """A model that answers each request with its double, and only when the test opens it."""
+
+    def __init__(self) -> None:
+        self.open = threading.Event()
+        self.started = threading.Event()
+        self.batches: list[list[int]] = []
+
+    def __call__(self, batch: Sequence[int]) -> list[int]:
+        self.batches.append(list(batch))
+        self.started.set()
+        assert self.open.wait(60)
+        if 13 in batch:
+            raise RuntimeError("thirteen")
+        return [2 * value for value in batch]
+
+    async def busy(self) -> None:
+        assert await asyncio.to_thread(self.started.wait, 60)
+
+
+@pytest.fixture
+def gate() -> Iterator[Gate]:
+    gate = Gate()
+    yield gate
+    gate.open.set()
+
+
+@pytest.fixture
+def pool() -> Iterator[ThreadPoolExecutor]:
+    with ThreadPoolExecutor(1) as pool:
+        yield pool
+
+
+def test_those_who_come_while_a_batch_runs_are_joined(gate: Gate, pool: ThreadPoolExecutor) -> None:
+    sizes: list[int] = []
+
+    async def scene() -> list[int]:
+        batcher = Batcher[int, int](Policy(batch=2), gate, pool, observe=sizes.append)
+        first = asyncio.create_task(batcher.submit(1))
+        await gate.busy()
+        rest = [asyncio.create_task(batcher.submit(i)) for i in (2, 3, 4)]
+        await asyncio.sleep(0)
+        assert len(batcher.queue) == 3
+        gate.open.set()
+        return await asyncio.gather(first, *rest)
+
+    assert asyncio.run(scene()) == [2, 4, 6, 8]
+    assert gate.batches == [[1], [2, 3], [4]]
+    assert sizes == [1, 2, 1]
+
+
+def test_a_lone_request_runs_when_its_wait_is_over(gate: Gate, pool: ThreadPoolExecutor) -> None:
+    gate.open.set()
+
+    async def scene() -> int:
+        return await Batcher[int, int](Policy(batch=8, wait_ms=5), gate, pool).submit(1)
+
+    assert asyncio.run(scene()) == 2
+
+
+def test_the_deadline_passes_while_a_batch_runs(gate: Gate, pool: ThreadPoolExecutor) -> None:
+    async def scene() -> int:
+        batcher = Batcher[int, int](Policy(deadline_ms=20), gate, pool)
+        first = asyncio.create_task(batcher.submit(1))
+        await gate.busy()
+        with pytest.raises(Overloaded, match="not started within 20 ms"):
+            await batcher.submit(2)
+        gate.open.set()
+        return await first
+
+    assert asyncio.run(scene()) == 2
+    assert gate.batches == [[1]]
+
+
+def test_a_full_queue_refuses_and_keeps_whom_it_has(gate: Gate, pool: ThreadPoolExecutor) -> None:
+    async def scene() -> list[int]:
+        batcher = Batcher[int, int](Policy(queue=1), gate, pool)
+        first = asyncio.create_task(batcher.submit(1))
+        await gate.busy()
+        second = asyncio.create_task(batcher.submit(2))
+        await asyncio.sleep(0)
+        with pytest.raises(Overloaded, match="the queue holds 1"):
+            await batcher.submit(3)
+        gate.open.set()
+        return await asyncio.gather(first, second)
+
+    assert asyncio.run(scene()) == [2, 4]
+
+
+def test_a_failed_batch_fails_its_own_requests_and_no_other(gate: Gate, pool: ThreadPoolExecutor) -> None:
+    gate.open.set()
+
+    async def scene() -> int:
+        batcher = Batcher[int, int](Policy(), gate, pool)
+        with pytest.raises(RuntimeError, match="thirteen"):
+            await batcher.submit(13)
+        return await batcher.submit(1)
+
+    assert asyncio.run(scene()) == 2
+
+
+def test_a_client_that_leaves_makes_room(gate: Gate, pool: ThreadPoolExecutor) -> None:
+    async def scene() -> list[int]:
+        batcher = Batcher[int, int](Policy(queue=1), gate, pool)
+        first = asyncio.create_task(batcher.submit(1))
+        await gate.busy()
+        leaver = asyncio.create_task(batcher.submit(2))
+        await asyncio.sleep(0)
+        leaver.cancel()
+        await asyncio.wait([leaver])
+        third = asyncio.create_task(batcher.submit(3))
+        await asyncio.sleep(0)
+        gate.open.set()
+        return await asyncio.gather(first, third)
+
+    assert asyncio.run(scene()) == [2, 6]
+    assert gate.batches == [[1], [3]]
+
+
+def test_closing_finishes_what_was_accepted_without_waiting_for_more(gate: Gate, pool: ThreadPoolExecutor) -> None:
+    async def scene() -> list[int]:
+        batcher = Batcher[int, int](Policy(batch=4, wait_ms=900_000, deadline_ms=1_000_000), gate, pool)
+        accepted = [asyncio.create_task(batcher.submit(i)) for i in (1, 2)]
+        await asyncio.sleep(0)
+        gate.open.set()
+        await batcher.close()
+        return await asyncio.gather(*accepted)
+
+    assert asyncio.run(scene()) == [2, 4]
