@@ -12,7 +12,7 @@ from __future__ import annotations
 import abc
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import ClassVar, Literal, final
 
 import torch
@@ -24,7 +24,7 @@ from pennyweight.data.dataset import Dataset
 from pennyweight.data.requests import Trace
 from pennyweight.model.bundle import Bundle
 from pennyweight.model.spec import Model
-from pennyweight.model.train import Recipe
+from pennyweight.model.train import Progress, Recipe
 
 FIELD = {"compress": "model", "distribute": "placement", "accelerate": "runtime", "schedule": "policy"}
 STAGES = ("structure", "training", "data type", "placement", "runtime", "policy")
@@ -52,6 +52,10 @@ class Env:
     seed: int = 0
     allow: tuple[str, ...] = ()
     """Import paths of factories the user allowed."""
+    watch: Callable[[Progress], None] | None = None
+    """Hears the progress of training a transform does; it decides nothing."""
+    deadline_s: float | None = None
+    """Seconds a transform may train at most: it ends with the best so far. With it, law 4 holds only if it is not hit."""
 
     def need(self, name: str, by: Transform) -> object:
         """The field ``name``, or a PlanError that says which transform lacks it."""
