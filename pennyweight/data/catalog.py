@@ -1,0 +1,333 @@
+"""What serving needs of the data: the schema, the vocabularies that turn values into ids, and a table of items.
+
+A catalog travels inside a bundle, so it is plain files (JSON and Arrow, never pickle) that come out byte for byte the
+same each time. The obvious alternative for vocabularies, one JSON list each, takes seconds to parse at a million
+values; Arrow is mapped in a millisecond and costs a dependency we have anyway.
+
+``Catalog.request`` is on the serving path. What belongs to items is kept as dense arrays indexed by id, so a request of
+500 candidates is one gather a column; what belongs to the user is one row, broadcast without a copy.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import polars as pl
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.ipc
+import torch
+import xxhash
+from torch import Tensor
+
+from pennyweight.core.config import decode, dumps
+from pennyweight.core.errors import ConfigError, DataError
+from pennyweight.data.schema import FIRST, OOV, PAD, Column, Schema
+
+Ids = npt.NDArray[np.int64]
+Value = str | int
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Vocabulary:
+    """Values and their ids: the value at position ``i`` has id ``i + 2``; a hashed one keeps no values, only its size."""
+
+    values: pa.Array
+    """Distinct int64 or string values without nulls; empty when hashed."""
+    buckets: int = 0
+    """Ids of a hashed vocabulary, the two reserved ones included; 0 for a learned one."""
+
+    @classmethod
+    def of(cls, values: Iterable[Any]) -> Vocabulary:
+        """A learned vocabulary of these distinct values, whole numbers or texts, in this order."""
+        array = values if isinstance(values, pa.Array) else pa.array(values)
+        array = array.cast(pa.int64() if pa.types.is_integer(array.type) else pa.string())
+        if array.null_count or pc.count_distinct(array).as_py() != len(array):
+            raise DataError("a vocabulary needs distinct values, none missing; drop the duplicates first")
+        return cls(array)
+
+    @classmethod
+    def hashed(cls, size: int) -> Vocabulary:
+        """A vocabulary that sends any value to one of ``size - 2`` ids by its xxh3 hash."""
+        if size <= FIRST:
+            raise ConfigError(f"a hashed vocabulary of {size} ids has no room for values; give at least {FIRST + 1}")
+        return cls(pa.array([], pa.string()), size)
+
+    @property
+    def size(self) -> int:
+        """Ids there are, padding and out-of-vocabulary included: the rows of an embedding table."""
+        return self.buckets or FIRST + len(self.values)
+
+    def encode(self, values: Any) -> Ids:
+        """Ids int64 [n] of values (a list, array or Series); unknown and missing values get 1 (out of vocabulary)."""
+        array = pl.Series(values, strict=False).to_arrow() if not isinstance(values, pa.Array) else values
+        if self.buckets:
+            return self._hash(array)
+        try:
+            wanted = array.cast(self.values.type)
+        except pa.ArrowInvalid:  # texts among whole numbers: those that are no number are unknown
+            return np.fromiter((self.id(v) for v in array.to_pylist()), np.int64, len(array))
+        found = pc.index_in(wanted, value_set=self.values, skip_nulls=True)
+        return np.asarray(pc.fill_null(pc.add(pc.cast(found, pa.int64()), FIRST), OOV), np.int64)
+
+    def id(self, value: Value | None) -> int:
+        """The id of one value by a dictionary: what serving asks for; 1 when unknown or None."""
+        if value is None:
+            return OOV
+        if self.buckets:
+            return _bucket(value, self.buckets)
+        known = self._index.get(value)
+        return self._index.get(self._kin(value), OOV) if known is None else known
+
+    def decode(self, ids: Any) -> list[Value | None]:
+        """Values of ids; None for padding, out of vocabulary, and for every id of a hashed vocabulary.
+
+        Raises:
+            DataError: an id is outside ``[0, size)``.
+        """
+        rows = np.asarray(ids, np.int64)
+        if rows.size and (rows.min() < 0 or rows.max() >= self.size):
+            bad = rows[(rows < 0) | (rows >= self.size)][0]
+            raise DataError(f"id {bad} is outside the vocabulary of {self.size} ids; it was encoded with another one")
+        if self.buckets:
+            return [None] * len(rows)
+        known = pa.array(rows - FIRST, mask=rows < FIRST)
+        values: list[Value | None] = self.values.take(known).to_pylist()
+        return values
+
+    @functools.cached_property
+    def _index(self) -> dict[Value, int]:
+        return {v: i for i, v in enumerate(self.values.to_pylist(), FIRST)}
+
+    def _kin(self, value: Value) -> Value | None:
+        """The same value in this vocabulary's type: "7" for 7 and back."""
+        if pa.types.is_string(self.values.type):
+            return str(value)
+        text = str(value)
+        return int(text) if text.removeprefix("-").isdecimal() else None
+
+    def _hash(self, array: pa.Array) -> Ids:
+        """Each distinct value is hashed once in Python; a vectorized hash that is stable across versions is in no library."""
+        coded = array.dictionary_encode()
+        table = np.fromiter((_bucket(v, self.buckets) for v in coded.dictionary.to_pylist()), np.int64, len(coded.dictionary))
+        rows = np.asarray(coded.indices.fill_null(len(table)), np.int64)
+        return np.append(table, OOV)[rows]
+
+
+def _bucket(value: Value, size: int) -> int:
+    return FIRST + xxhash.xxh3_64_intdigest(str(value).encode()) % (size - FIRST)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Catalog:
+    """Schema, vocabularies by table name, and the items: one row an item id, sorted by id.
+
+    ``items`` holds the id under the item column's name, the encoded item features under theirs, ``popularity`` (rows in
+    training) and columns to show (``title``, ``genres``, ``year``). None where the data has no items.
+    """
+
+    schema: Schema
+    vocabularies: Mapping[str, Vocabulary]
+    items: pl.DataFrame | None = None
+
+    def vocabulary(self, column: str) -> Vocabulary:
+        """The vocabulary a column's ids come from (its own, or the one it shares)."""
+        table = self.schema[column].table
+        if table not in self.vocabularies:
+            raise ConfigError(f"column {column!r} has no vocabulary; those that have one: {', '.join(self.vocabularies) or 'none'}")
+        return self.vocabularies[table]
+
+    def replace(self, **changes: Any) -> Catalog:
+        """A copy with some fields replaced."""
+        return dataclasses.replace(self, **changes)
+
+    @property
+    def item_ids(self) -> Ids:
+        """All item ids that can be recommended, int64, ascending."""
+        return self._table()[self.schema.item.name].to_numpy()
+
+    @functools.cached_property
+    def popularity(self) -> Ids:
+        """Rows in training by item id, int64 [item size]; 0 for the reserved ids."""
+        return self._dense("popularity", self.schema.item.size, np.int64)
+
+    @functools.cached_property
+    def features(self) -> Mapping[str, npt.NDArray[Any]]:
+        """Item columns by name as arrays indexed by item id: int64 [size], int64 [size, L], float32 [size(, N)]."""
+        size = self.schema.item.size
+        ids = np.arange(size, dtype=np.int64)
+        others = [c for c in self.schema.role("item") if c.name != self.schema.item.name]
+        dense = {c.name: self._dense(c.name, size, np.float32 if c.kind == "numeric" else np.int64, c) for c in others}
+        return {self.schema.item.name: ids, **dense}
+
+    def item_batch(self, items: Ids) -> dict[str, Tensor]:
+        """The item columns of these ids as a batch: int64 [N], int64 [N, L], float32 [N(, M)].
+
+        Raises:
+            DataError: an id is outside the item vocabulary.
+        """
+        rows = np.asarray(items, np.int64)
+        self._known(rows)
+        return {name: torch.from_numpy(array.take(rows, axis=0)) for name, array in self.features.items()}
+
+    def user_batch(
+        self, user: Value | None, history: Sequence[int] | Ids = (), context: Mapping[str, Any] | None = None
+    ) -> dict[str, Tensor]:
+        """The user and context columns of one request, one row.
+
+        ``user`` and ``context`` hold values as they were before encoding (``context`` may name any user or context
+        column); unknown or missing ones are out of vocabulary, missing numbers 0. ``history`` holds the ids of liked
+        items, oldest first.
+        """
+        given = context or {}
+        self._asked(given)
+        row = {c.name: self._encoded(c, given.get(c.name)) for c in self._asker}
+        if self._user is not None and self._user.name not in given:
+            row[self._user.name] = np.array([self.vocabulary(self._user.name).id(user)], np.int64)
+        if self._history is not None and self._history.name not in given:
+            row[self._history.name] = self._recent(history, self._history.length)
+        return {name: torch.from_numpy(array) for name, array in row.items()}
+
+    def request(
+        self,
+        user: Value | None,
+        history: Sequence[int] | Ids,
+        items: Ids,
+        context: Mapping[str, Any] | None = None,
+    ) -> dict[str, Tensor]:
+        """A batch that scores ``len(items)`` candidates for one user.
+
+        The user's columns are one row expanded over the candidates (stride 0: read them, do not write into them).
+
+        Raises:
+            DataError: a candidate or a history id is outside the item vocabulary, or ``context`` names no such column.
+        """
+        batch = self.item_batch(items)
+        for name, row in self.user_batch(user, history, context).items():
+            batch[name] = row.expand(len(items), *row.shape[1:])
+        return batch
+
+    def files(self) -> dict[str, bytes]:
+        """The catalog as named files, the same bytes every time."""
+        hashed = {name: v.buckets for name, v in self.vocabularies.items()}
+        tables = {name: pa.LargeListArray.from_arrays(pa.array([0, len(v.values)], pa.int64()), v.values) for name, v in self.vocabularies.items()}
+        files = {
+            "catalog.json": dumps({"schema": self.schema, "buckets": hashed}).encode(),
+            "vocabularies.arrow": _ipc(pa.table(tables) if tables else pa.table({"none": pa.array([0])})),
+        }
+        return files if self.items is None else {**files, "items.arrow": _ipc(_plain(self.items.to_arrow()))}
+
+    @classmethod
+    def parse(cls, files: Mapping[str, bytes]) -> Catalog:
+        """The catalog from its files.
+
+        Raises:
+            ConfigError: a file is missing or damaged.
+        """
+        try:
+            head = json.loads(files["catalog.json"])
+            tables = pa.ipc.open_file(files["vocabularies.arrow"]).read_all()
+            items = pl.DataFrame(pl.from_arrow(pa.ipc.open_file(files["items.arrow"]).read_all())) if "items.arrow" in files else None
+            buckets: Mapping[str, int] = head["buckets"]
+            vocabularies = {name: Vocabulary(tables[name].combine_chunks().flatten(), size) for name, size in buckets.items()}
+            schema = decode(Schema, head["schema"], "catalog.json.schema")
+        except KeyError as error:
+            raise ConfigError(f"the catalog lacks {error}; save it again") from error
+        except (ValueError, TypeError, AttributeError, pa.ArrowException, pl.exceptions.PolarsError) as error:
+            raise ConfigError(f"the catalog is damaged ({error}); save it again") from error
+        return cls(schema, vocabularies, items)
+
+    @functools.cached_property
+    def _asker(self) -> tuple[Column, ...]:
+        return self.schema.role("user", "context")
+
+    @functools.cached_property
+    def _user(self) -> Column | None:
+        return next((c for c in self.schema.role("user") if c.kind == "categorical"), None)
+
+    @functools.cached_property
+    def _history(self) -> Column | None:
+        return self.schema.history
+
+    def _table(self) -> pl.DataFrame:
+        if self.items is None:
+            raise DataError("this catalog has no items; build the dataset with an item column")
+        return self.items
+
+    def _dense(self, name: str, size: int, kind: Any, column: Column | None = None) -> npt.NDArray[Any]:
+        """A column of the item table as an array by item id; reserved ids hold out of vocabulary (numbers: 0)."""
+        table = self._table()
+        values = table[name].to_numpy()
+        blank = OOV if column is not None and column.kind == "categorical" else 0
+        dense = np.full((size, *values.shape[1:]), blank, kind)
+        dense[table[self.schema.item.name].to_numpy()] = values
+        return dense
+
+    def _known(self, ids: Ids) -> None:
+        size = self.schema.item.size
+        if ids.size and (ids.min() < 0 or ids.max() >= size):
+            bad = ids[(ids < 0) | (ids >= size)][0]
+            raise DataError(f"item id {bad} is outside the vocabulary of {size} ids; encode items with this catalog first")
+
+    def _asked(self, context: Mapping[str, Any]) -> None:
+        for name in context:
+            if all(c.name != name for c in self._asker):
+                known = ", ".join(c.name for c in self._asker)
+                raise DataError(f"no user or context column {name!r}; known: {known or 'none'}")
+
+    def _encoded(self, column: Column, value: Any) -> npt.NDArray[Any]:
+        if column.kind == "numeric":
+            return _numbers(column, value)
+        if column.kind == "sequence":
+            ids = self.vocabulary(column.name).encode(list(value or ()))
+            return pad(ids, np.array([len(ids)]), column)
+        return np.array([self.vocabulary(column.name).id(value)], np.int64)
+
+    def _recent(self, history: Sequence[int] | Ids, length: int) -> Ids:
+        ids = np.asarray(history[-length:], np.int64)
+        self._known(ids)
+        row = np.zeros((1, length), np.int64)
+        row[0, length - len(ids) :] = ids
+        return row
+
+
+def pad(ids: Ids, counts: npt.NDArray[np.integer[Any]], column: Column) -> Ids:
+    """Sequences int64 [n, L] from their ids one after the other and the length of each.
+
+    A user's sequence keeps its last L ids and is padded on the left, so the newest is always in the last place; any other
+    keeps its first L and is padded on the right.
+    """
+    end = np.cumsum(counts, dtype=np.int64)[:, None]
+    start = end - np.asarray(counts)[:, None]
+    at = np.arange(column.length) + (end - column.length if column.role == "user" else start)
+    inside = (at >= start) & (at < end)
+    return np.where(inside, np.append(ids, PAD)[np.where(inside, at, -1)], PAD)
+
+
+def _numbers(column: Column, value: Any) -> npt.NDArray[np.float32]:
+    shape = (1, column.length) if column.length else (1,)
+    try:
+        row = np.zeros(shape, np.float32) if value is None else np.asarray(value, np.float32).reshape(shape)
+    except (TypeError, ValueError) as error:
+        raise DataError(f"column {column.name!r} needs {column.length or 'one'} number(s), got {value!r}") from error
+    if not np.isfinite(row).all():
+        raise DataError(f"column {column.name!r} needs finite numbers, got {value!r}")
+    return row
+
+
+def _plain(table: pa.Table) -> pa.Table:
+    """One chunk a column: the same rows give the same bytes however they were put together."""
+    return table.combine_chunks()
+
+
+def _ipc(table: pa.Table) -> bytes:
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_file(sink, table.schema) as writer:
+        writer.write_table(table)
+    return bytes(sink.getvalue())

@@ -1,0 +1,489 @@
+"""Rows as columns of ids and numbers in one memory-mapped Arrow file, read in batches.
+
+    folder/
+      rows.arrow       one uncompressed Arrow record batch: any Arrow reader opens it, and each column is one plain array
+      dataset.json     number of rows and the SHA-256 of the data
+      catalog.json …   the catalog: schema, vocabularies, items
+
+A batch is one gather a column from the map, with no Python per row and no copy of the file in memory. Parquet is smaller
+and is what data comes in as, but it must be decoded a row group at a time, which makes a shuffled batch cost a row group;
+several Arrow record batches would make each gather a loop over them. So the rows are written once as one batch, at the
+price of disk (4 bytes an id).
+
+A shuffled epoch permutes all rows where they take at most ``WINDOW`` bytes. A larger set is shuffled in windows: blocks
+of ``BLOCK`` rows in random order, a window of them at a time, the rows inside a window permuted, and the pages of a past
+window given back, so that memory does not grow with the set. The order depends on the seed and the data, never on the
+machine, and ``start`` finds any place in it again.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import json
+import mmap
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import polars as pl
+import pyarrow as pa
+import pyarrow.ipc
+import torch
+from torch import Tensor
+
+from pennyweight.core.config import dumps, write
+from pennyweight.core.errors import ConfigError, DataError, StorageError
+from pennyweight.data.catalog import Catalog, Vocabulary
+from pennyweight.data.schema import FIRST, Column, Schema
+
+if TYPE_CHECKING:
+    from pennyweight.data.ingest import ColumnSpec
+
+BLOCK = 4096
+"""Rows that stay together on disk when a large set is shuffled."""
+WINDOW = 256 << 20
+"""Bytes of rows that are permuted as one; a larger set is shuffled window by window."""
+
+Array = npt.NDArray[Any]
+How = Literal["time", "last", "random"]
+
+
+class Split(NamedTuple):
+    """Three disjoint parts of a dataset; item popularity in their catalog is counted in ``train`` alone."""
+
+    train: Dataset
+    valid: Dataset
+    test: Dataset
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Dataset:
+    """Encoded columns with a catalog. Part of one (``take``, ``split``) is a view: row numbers over the same columns."""
+
+    catalog: Catalog
+    columns: Mapping[str, Array]
+    """All columns as stored: int32 ids [n] or [n, L], float32 numbers [n] or [n, N], int64 times [n]."""
+    rows: npt.NDArray[np.int64] | range
+    """The rows of ``columns`` this dataset has, in order."""
+    digest: str = ""
+    """SHA-256 of schema and data, where it is known already."""
+    window: int = WINDOW
+    """Bytes of rows that are shuffled as one."""
+    mapped: mmap.mmap | None = None
+    """The file behind ``columns``, to give its pages back; None for arrays in memory."""
+
+    @classmethod
+    def from_arrays(
+        cls,
+        columns: Mapping[str, Array],
+        schema: Schema,
+        vocabularies: Mapping[str, Vocabulary] | None = None,
+        items: pl.DataFrame | None = None,
+    ) -> Dataset:
+        """A dataset in memory from encoded columns.
+
+        Without ``vocabularies``, the value of id ``k`` is the number ``k - 2``. Without ``items``, a schema that has an item
+        column gets them from the rows: the features of each item as first seen, and its ``popularity``.
+
+        Raises:
+            DataError: a column is missing or has another length or shape, an id is outside its size, or a number is NaN.
+        """
+        arrays = {c.name: _stored(c, columns) for c in schema.columns}
+        n = len(arrays[schema.columns[0].name])
+        for name, array in arrays.items():
+            if len(array) != n:
+                raise DataError(f"column {name!r} has {len(array)} rows, {schema.columns[0].name!r} has {n}; give all the same length")
+        if not n:
+            raise DataError("a dataset needs at least one row, got none")
+        dataset = cls(Catalog(schema, vocabularies or _counting(schema), items), arrays, range(n))
+        return dataset if items is not None else dataset.counted()
+
+    @classmethod
+    def open(cls, path: str | os.PathLike[str]) -> Dataset:
+        """The dataset in a folder, mapped, not read.
+
+        Raises:
+            DataError: no dataset there, or a file of it is truncated or damaged.
+        """
+        root = Path(path)
+        head = _head(root)
+        try:
+            catalog = Catalog.parse({f: (root / f).read_bytes() for f in head["files"]})
+            columns, mapped = _mapped(root / "rows.arrow", catalog.schema)
+        except (OSError, pa.ArrowException, ValueError, KeyError) as error:
+            raise DataError(f"{root} is incomplete or damaged ({error}); ingest the data again") from error
+        if len(next(iter(columns.values()))) != head["rows"]:
+            raise DataError(f"{root}/rows.arrow does not hold the {head['rows']} rows dataset.json names; ingest the data again")
+        return cls(catalog, columns, range(head["rows"]), head["sha256"], WINDOW, mapped)
+
+    @staticmethod
+    def read_csv(paths: Any, columns: Sequence[ColumnSpec], out: str | os.PathLike[str], **options: Any) -> Dataset:
+        """Ingest CSV files (also gzipped) in a stream; see ``pennyweight.data.ingest.read_csv``."""
+        from pennyweight.data import ingest
+
+        return ingest.read_csv(paths, columns, out, **options)
+
+    @staticmethod
+    def read_parquet(paths: Any, columns: Sequence[ColumnSpec], out: str | os.PathLike[str], **options: Any) -> Dataset:
+        """Ingest Parquet files in a stream; see ``pennyweight.data.ingest.read_parquet``."""
+        from pennyweight.data import ingest
+
+        return ingest.read_parquet(paths, columns, out, **options)
+
+    def save(self, path: str | os.PathLike[str]) -> Dataset:
+        """Write the rows of this dataset to a folder, whole or not at all, and open it.
+
+        Raises:
+            StorageError: the disk is full or the folder not writable; an older dataset there is untouched.
+        """
+        with writing(path, self.catalog, len(self)) as store:
+            for at in range(0, len(self), BLOCK):
+                rows = np.arange(at, min(at + BLOCK, len(self)))
+                store.put(at, {name: self._gather(name, rows) for name in self.columns})
+        return Dataset.open(path)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @property
+    def schema(self) -> Schema:
+        return self.catalog.schema
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 of schema and data: the same for the same rows, whatever file or view they are in."""
+        return self.digest or _digest(self)
+
+    def column(self, name: str) -> Array:
+        """One column as stored: int32 ids, float32 numbers or int64 times; a view of the map where all rows are taken."""
+        array = self.columns[self.schema[name].name]
+        if isinstance(self.rows, range) and self.rows.step == 1:
+            return array[self.rows.start : self.rows.stop]
+        return array[self._at(np.arange(len(self)))]
+
+    def take(self, rows: npt.NDArray[np.integer[Any]] | slice) -> Dataset:
+        """A view of some rows, in the order given."""
+        chosen = self.rows[rows] if isinstance(rows, slice) else self._at(np.arange(len(self))[rows])
+        return dataclasses.replace(self, rows=chosen, digest="")
+
+    def join(self, other: Dataset) -> Dataset:
+        """The rows of two views of one dataset, one after the other: train and valid, for a last training.
+
+        Raises:
+            DataError: the two are not views of the same dataset.
+        """
+        if self.columns is not other.columns:
+            raise DataError("only views of one dataset can be joined; save both as one file and ingest that")
+        both = np.concatenate([self._at(np.arange(len(self))), other._at(np.arange(len(other)))])
+        return dataclasses.replace(self, rows=both, digest="").counted()
+
+    def head(self, n: int) -> Dataset:
+        """A view of the first ``n`` rows."""
+        return self.take(slice(0, n))
+
+    def split(self, how: How = "time", fractions: tuple[float, float, float] = (0.8, 0.1, 0.1), seed: int = 0) -> Split:
+        """Train, valid and test.
+
+        ``time`` cuts at two moments, so that nothing in a later part is older than anything in an earlier one; ``last``
+        gives each user's last row to test and the one before to valid (users with fewer than three stay in train, and
+        ``fractions`` is not read); ``random`` draws rows.
+
+        Raises:
+            ConfigError: an unknown way, or fractions that are not positive and do not sum to 1.
+            DataError: a part would be empty.
+        """
+        if how not in _SPLITS:
+            raise ConfigError(f"unknown split {how!r}; known: {', '.join(_SPLITS)}")
+        if min(fractions) <= 0 or abs(sum(fractions) - 1) > 1e-6:
+            raise ConfigError(f"fractions {fractions} must be positive and sum to 1")
+        part = _SPLITS[how](self, fractions, seed)
+        for k, name in enumerate(Split._fields):
+            if not (part == k).any():
+                raise DataError(f"the {how} split leaves {name} empty ({len(self)} rows); give more rows or another split")
+        train, valid, test = (self._part(part == k) for k in range(3))
+        catalog = train.counted().catalog if self.catalog.items is not None else self.catalog
+        return Split(*(dataclasses.replace(p, catalog=catalog) for p in (train, valid, test)))
+
+    def batches(
+        self, size: int, *, shuffle: bool = False, seed: int = 0, start: int = 0, drop_last: bool = False
+    ) -> Iterator[dict[str, Tensor]]:
+        """Batches of ``size`` rows, each a dict of tensors by column name.
+
+        Categorical int64 [B]; sequence int64 [B, L], 0-padded; numeric float32 [B] or [B, N]; label float32 [B], or int64
+        classes [B] where the label has a size; time int64 [B]. ``start`` skips that many batches without reading them.
+        """
+        if size < 1 or start < 0:
+            raise ConfigError(f"batches of {size} rows from batch {start}: size must be at least 1 and start at least 0")
+        for rows in _cut(self._order(shuffle, seed), size, start * size):
+            if not drop_last or len(rows) == size:
+                yield {c.name: _tensor(c, self._gather(c.name, rows)) for c in self.schema.columns}
+
+    def _order(self, shuffle: bool, seed: int) -> Iterator[npt.NDArray[np.int64]]:
+        """Every row number once, a window at a time; the pages of a past window are given back."""
+        width = sum(a.nbytes // max(1, len(a)) for a in self.columns.values())
+        blocks = np.arange(-(-len(self) // BLOCK), dtype=np.int64)
+        if shuffle:
+            blocks = np.random.default_rng(seed).permutation(blocks)
+        together = max(1, self.window // (BLOCK * max(1, width)))
+        for at in range(0, len(blocks), together):
+            rows = (blocks[at : at + together, None] * BLOCK + np.arange(BLOCK)).ravel()
+            rows = rows[rows < len(self)]
+            yield np.random.default_rng((seed, at)).permutation(rows) if shuffle else rows
+            if self.mapped is not None and len(blocks) > together:
+                self.mapped.madvise(mmap.MADV_DONTNEED)
+
+    def _gather(self, name: str, rows: npt.NDArray[np.int64]) -> Array:
+        return self.columns[name].take(self._at(rows), axis=0)
+
+    def _at(self, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """Where rows of this view lie in ``columns``."""
+        return self.rows.start + self.rows.step * rows if isinstance(self.rows, range) else self.rows[rows]
+
+    def _part(self, mask: npt.NDArray[np.bool_]) -> Dataset:
+        """The rows of a mask; rows that lie together stay a slice of the map, which costs no row numbers."""
+        rows = np.flatnonzero(mask)
+        together = rows[-1] - rows[0] + 1 == len(rows)
+        return self.take(slice(int(rows[0]), int(rows[-1]) + 1) if together else rows)
+
+    def counted(self) -> Dataset:
+        """The same rows, with the popularity of the catalog's items counted in them; items are found where there are none."""
+        try:
+            column = self.schema.item
+        except ConfigError:
+            return self
+        ids = self.column(column.name)
+        items = self.catalog.items if self.catalog.items is not None else self._items(ids)
+        counts = np.bincount(ids, minlength=column.size)[items[column.name].to_numpy()]
+        return dataclasses.replace(self, catalog=self.catalog.replace(items=items.with_columns(pl.Series("popularity", counts))))
+
+    def _items(self, ids: Array) -> pl.DataFrame:
+        known, first = np.unique(ids, return_index=True)
+        keep = known >= FIRST
+        known, first = known[keep].astype(np.int64), first[keep]
+        others = [c.name for c in self.schema.role("item") if c.name != self.schema.item.name]
+        return pl.DataFrame({self.schema.item.name: known, **{name: self._gather(name, first) for name in others}})
+
+
+def _counting(schema: Schema) -> dict[str, Vocabulary]:
+    tables = (c for c in schema.features if c.size and not c.shares)
+    return {c.name: Vocabulary.hashed(c.size) if c.hashed else Vocabulary.of(pa.array(range(c.size - FIRST))) for c in tables}
+
+
+def _by_time(data: Dataset, fractions: tuple[float, float, float], seed: int) -> npt.NDArray[np.int8]:
+    column = next(iter(data.schema.role("time")), None)
+    if column is None:
+        raise DataError("a split by time needs a column of role 'time'; name one, or split 'last' or 'random'")
+    time = data.column(column.name)
+    places = [min(len(time) - 1, int(len(time) * f)) for f in (fractions[0], fractions[0] + fractions[1])]
+    cuts = np.partition(time, places)[places]
+    return np.searchsorted(cuts, time, side="right").astype(np.int8)
+
+
+def _by_last(data: Dataset, fractions: tuple[float, float, float], seed: int) -> npt.NDArray[np.int8]:
+    user = data.column(data.schema.user.name)
+    time = next(iter(data.schema.role("time")), None)
+    order = np.lexsort((data.column(time.name), user)) if time else np.argsort(user, kind="stable")
+    ends = np.flatnonzero(np.append(np.diff(user[order]) != 0, True))
+    counts = np.diff(ends, prepend=-1)
+    ends = ends[counts >= 3]
+    part = np.zeros(len(user), np.int8)
+    part[order[ends]], part[order[ends - 1]] = 2, 1
+    return part
+
+
+def _by_chance(data: Dataset, fractions: tuple[float, float, float], seed: int) -> npt.NDArray[np.int8]:
+    cuts = np.cumsum(fractions)[:2] * len(data)
+    places = np.random.default_rng(seed).permutation(len(data))
+    return np.searchsorted(cuts, places, side="right").astype(np.int8)
+
+
+_SPLITS = {"time": _by_time, "last": _by_last, "random": _by_chance}
+
+
+def _cut(chunks: Iterator[npt.NDArray[np.int64]], size: int, skip: int) -> Iterator[npt.NDArray[np.int64]]:
+    """Batches of ``size`` from a stream of chunks, after the first ``skip`` rows; the last may be shorter."""
+    rest = np.empty(0, np.int64)
+    for chunk in chunks:
+        if skip >= len(chunk):
+            skip -= len(chunk)
+            continue
+        rest, skip = np.concatenate([rest, chunk[skip:]]), 0
+        whole = len(rest) - len(rest) % size
+        yield from (rest[i : i + size] for i in range(0, whole, size))
+        rest = rest[whole:]
+    if len(rest):
+        yield rest
+
+
+def _tensor(column: Column, array: Array) -> Tensor:
+    tensor = torch.from_numpy(array)
+    return tensor.long() if array.dtype == np.int32 else tensor
+
+
+def storage(column: Column) -> type[np.generic]:
+    """The type a column is stored as; ids take 4 bytes, which holds two thousand million of them."""
+    if column.role == "time":
+        return np.int64
+    if column.kind == "numeric" and not (column.role == "label" and column.size):
+        return np.float32
+    return np.float32 if column.role == "label" and not column.size else np.int32
+
+
+def _stored(column: Column, columns: Mapping[str, Array]) -> Array:
+    """One given column checked and in its storage type."""
+    if column.name not in columns:
+        raise DataError(f"no column {column.name!r}; given: {', '.join(columns) or 'none'}")
+    given = np.asarray(columns[column.name])
+    want = (column.length,) if column.length else ()
+    if given.shape[1:] != want:
+        raise DataError(f"column {column.name!r} has rows of shape {given.shape[1:]}, its schema says {want}")
+    kind = storage(column)
+    if given.dtype.kind not in "biuf" or (kind != np.float32 and given.dtype.kind == "f"):
+        raise DataError(f"column {column.name!r} holds {given.dtype}, it needs {kind.__name__}; encode it first")
+    check(column, given)
+    return np.ascontiguousarray(given, kind)
+
+
+def check(column: Column, values: Array, at: int = 0) -> None:
+    """Refuse ids outside the column's size, and labels, numbers or times that are missing; ``at`` is the first row's number.
+
+    Raises:
+        DataError: names the column, the row and the value.
+    """
+    if storage(column) is np.int32:
+        bad = (values < 0) | (values >= column.size)
+        says = f"is outside its {column.size} {'classes' if column.role == 'label' else 'ids'}"
+    elif values.dtype.kind == "f":
+        bad, says = ~np.isfinite(values), "is not a finite number"
+    else:
+        return
+    if bad.any():
+        row = int(np.flatnonzero(bad.reshape(len(values), -1).any(axis=1))[0])
+        value = values[row] if values.ndim == 1 else values[row][bad[row]][0]
+        raise DataError(f"column {column.name!r}, row {at + row}: {value} {says}; {int(bad.sum())} such value(s), correct or drop them")
+
+
+def _digest(data: Dataset) -> str:
+    sha = hashlib.sha256(dumps(data.schema).encode())
+    for name in data.columns:
+        for at in range(0, len(data), BLOCK * 16):
+            sha.update(np.ascontiguousarray(data._gather(name, np.arange(at, min(at + BLOCK * 16, len(data))))))
+    return sha.hexdigest()
+
+
+def _head(root: Path) -> dict[str, Any]:
+    try:
+        head = json.loads((root / "dataset.json").read_bytes())
+        return {"rows": int(head["rows"]), "sha256": str(head["sha256"]), "files": [Path(f).name for f in head["files"]]}
+    except FileNotFoundError as error:
+        raise DataError(f"{root} holds no dataset (no dataset.json); ingest one with Dataset.read_csv or read_parquet") from error
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{root}/dataset.json is damaged ({error}); ingest the data again") from error
+
+
+def _arrow(column: Column) -> pa.DataType:
+    scalar = pa.from_numpy_dtype(storage(column))
+    return pa.list_(scalar, column.length) if column.length else scalar
+
+
+def _mapped(path: Path, schema: Schema, access: int = mmap.ACCESS_READ) -> tuple[dict[str, Array], mmap.mmap]:
+    """The columns of an Arrow file with one record batch as arrays over the map, without a copy."""
+    with open(path, "rb" if access == mmap.ACCESS_READ else "r+b") as file:
+        mapped = mmap.mmap(file.fileno(), 0, access=access)
+    whole = pa.py_buffer(mapped)
+    batch = pa.ipc.open_file(whole).get_batch(0)
+    return {c.name: _array(c, batch.column(c.name), whole, mapped) for c in schema.columns}, mapped
+
+
+def _array(column: Column, values: pa.Array, whole: pa.Buffer, mapped: mmap.mmap) -> Array:
+    flat = values.flatten() if column.length else values
+    buffer = flat.buffers()[1]
+    array = np.frombuffer(mapped, storage(column), len(flat), buffer.address - whole.address)
+    return array.reshape(-1, column.length) if column.length else array
+
+
+class Store:
+    """A dataset being written: columns of known length that are filled in place."""
+
+    def __init__(self, root: Path, catalog: Catalog, rows: int) -> None:
+        self.root, self.catalog, self.rows = root, catalog, rows
+        path = root / "rows.arrow"
+        _allocate(path, catalog.schema, rows)
+        self.columns, self._map = _mapped(path, catalog.schema, mmap.ACCESS_WRITE)
+
+    def put(self, at: int, columns: Mapping[str, Array]) -> None:
+        """Write rows from ``at`` on."""
+        for name, values in columns.items():
+            self.columns[name][at : at + len(values)] = values
+
+    def close(self) -> None:
+        """Flush the rows and write the catalog and the head."""
+        self._map.flush()
+        files = self.catalog.files()
+        for name, content in files.items():
+            write(self.root / name, content)
+        head = {"rows": self.rows, "sha256": _digest(Dataset(self.catalog, self.columns, range(self.rows))), "files": sorted(files)}
+        write(self.root / "dataset.json", dumps(head))
+
+
+class writing:  # noqa: N801  (reads as the statement it is: ``with writing(...) as store``)
+    """A folder written whole or not at all: rows and catalog go to a neighbour that is renamed at the end.
+
+    The rows are allocated first, so a disk that cannot hold them says so before any work is done.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], catalog: Catalog, rows: int) -> None:
+        self.target, self.catalog, self.rows = Path(path), catalog, rows
+        if not rows:
+            raise DataError("a dataset needs at least one row, got none")
+
+    def __enter__(self) -> Store:
+        if self.target.exists() and not (self.target / "dataset.json").is_file() and any(self.target.iterdir()):
+            raise StorageError(f"{self.target} exists and is not a dataset; name another folder or remove it first")
+        try:
+            self.target.parent.mkdir(parents=True, exist_ok=True)
+            self.root = Path(tempfile.mkdtemp(prefix=f".{self.target.name}.", dir=self.target.parent))
+            self.store = Store(self.root, self.catalog, self.rows)
+        except OSError as error:
+            self._abandon()
+            raise _storage(self.target, error) from error
+        return self.store
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        if error is not None:
+            self._abandon()
+            return
+        try:
+            self.store.close()
+            shutil.rmtree(self.target, ignore_errors=True)
+            os.rename(self.root, self.target)
+        except OSError as failed:
+            self._abandon()
+            raise _storage(self.target, failed) from failed
+
+    def _abandon(self) -> None:
+        if hasattr(self, "root"):
+            shutil.rmtree(self.root, ignore_errors=True)
+
+
+def _allocate(path: Path, schema: Schema, rows: int) -> None:
+    fields = pa.schema([pa.field(c.name, _arrow(c), nullable=False) for c in schema.columns])
+    with pa.OSFile(str(path), "wb") as file, pa.ipc.new_file(file, fields) as writer:
+        writer.write_batch(pa.record_batch([_zeros(c, rows) for c in schema.columns], schema=fields))
+
+
+def _zeros(column: Column, rows: int) -> pa.Array:
+    """Zeros the kernel has not handed out yet: writing them costs disk, not memory."""
+    flat = pa.array(np.zeros(rows * max(1, column.length), storage(column)))
+    return pa.FixedSizeListArray.from_arrays(flat, column.length) if column.length else flat
+
+
+def _storage(path: Path, error: OSError) -> StorageError:
+    return StorageError(f"could not write the dataset {path}: {error.strerror or error}; free some room or name another folder")
