@@ -1,0 +1,79 @@
+"""Tensors stored small and made ready once: what packed tables and packed dense layers have in common.
+
+The state dict holds what is shipped (uint8, int8, fp16); executing it may need another form (a kernel's own weight order,
+a dequantized codebook). That form is made at the first forward after loading and forgotten when the weights change. The
+alternative, a state dict in the kernel's order, ties a bundle to one library version and one instruction set. It costs
+one packing at start and, where a second form is kept, its memory.
+"""
+
+from __future__ import annotations
+
+import abc
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class Packed(nn.Module, abc.ABC):
+    """A module that executes from ``ready()``, a form of its stored tensors made by ``prepare`` on first use."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._ready: Any = None
+
+    @abc.abstractmethod
+    def prepare(self) -> Any:
+        """The form the stored tensors are executed from."""
+
+    @abc.abstractmethod
+    def plain(self) -> nn.Module:
+        """An equivalent module of ordinary fp32 operations, for engines that export or compile a graph."""
+
+    def ready(self) -> Any:
+        """What ``prepare`` gave for the weights as they are now."""
+        if self._ready is None:
+            # Outside inference mode, or a form made while scoring could not take part in training later.
+            with torch.inference_mode(False), torch.no_grad():
+                self._ready = self.prepare()
+        return self._ready
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self._ready = None
+        super()._load_from_state_dict(*args, **kwargs)
+
+    def _apply(self, *args: Any, **kwargs: Any) -> nn.Module:
+        self._ready = None
+        return super()._apply(*args, **kwargs)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_ready": None}
+
+
+def pack_bits(values: Tensor, bits: int) -> Tensor:
+    """Whole numbers below 2**bits, ``8 // bits`` to a byte, the first in the lowest bits: uint8 [..., n] -> [..., n * bits / 8]."""
+    shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=values.device)
+    return (values.unflatten(-1, (-1, 8 // bits)) << shifts).sum(-1, dtype=torch.uint8)
+
+
+def unpack_bits(packed: Tensor, bits: int) -> Tensor:
+    """The inverse of ``pack_bits``: uint8 [..., m] -> uint8 [..., m * 8 / bits]."""
+    shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=packed.device)
+    return ((packed.unsqueeze(-1) >> shifts) & (2**bits - 1)).flatten(-2)
+
+
+def scaled(weight: Tensor, bits: int, dims: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    """Symmetric whole numbers and their fp32 scale, one scale for each slice along ``dims`` (kept with size 1).
+
+    Below 8 bits the scale is the one, of 21 between half and the whole of the range, that loses least in squared error:
+    clipping a few outliers leaves finer steps for the rest. Zero stays exactly zero.
+    """
+    top = 2 ** (bits - 1) - 1
+    whole = weight.abs().amax(dims, keepdim=True).div(top)
+    whole = torch.where(whole > 0, whole, 1.0)
+    best, least = whole, torch.full_like(whole, torch.inf)
+    for share in torch.linspace(1.0, 0.5, 21).tolist() if bits < 8 else (1.0,):
+        scale = whole * share
+        loss = (weight - (weight / scale).round().clamp(-top, top) * scale).square().sum(dims, keepdim=True)
+        best, least = torch.where(loss < least, scale, best), torch.minimum(loss, least)
+    return (weight / best).round().clamp(-top, top).to(torch.int8), best
