@@ -185,14 +185,10 @@ class Catalog:
         column); unknown or missing ones are out of vocabulary, missing numbers 0. ``history`` holds the ids of liked
         items, oldest first.
         """
-        given = context or {}
-        self._asked(given)
-        row = {c.name: self._encoded(c, given.get(c.name)) for c in self._asker}
-        if self._user is not None and self._user.name not in given:
-            row[self._user.name] = np.array([self.vocabulary(self._user.name).id(user)], np.int64)
-        if self._history is not None and self._history.name not in given:
-            row[self._history.name] = self._recent(history, self._history.length)
-        return {name: torch.from_numpy(array) for name, array in row.items()}
+        given = {} if self._user is None else {self._user.name: user}
+        given.update(context or {})
+        self._checked(given)
+        return {c.name: torch.from_numpy(self._row(c, given, history)) for c in self._asker}
 
     def request(
         self,
@@ -275,26 +271,26 @@ class Catalog:
             bad = ids[(ids < 0) | (ids >= size)][0]
             raise DataError(f"item id {bad} is outside the vocabulary of {size} ids; encode items with this catalog first")
 
-    def _asked(self, context: Mapping[str, Any]) -> None:
-        for name in context:
-            if all(c.name != name for c in self._asker):
-                known = ", ".join(c.name for c in self._asker)
-                raise DataError(f"no user or context column {name!r}; known: {known or 'none'}")
+    def _checked(self, given: Mapping[str, Any]) -> None:
+        known = [c.name for c in self._asker]
+        for name in given:
+            if name not in known:
+                raise DataError(f"no user or context column {name!r}; known: {', '.join(known) or 'none'}")
 
-    def _encoded(self, column: Column, value: Any) -> npt.NDArray[Any]:
+    def _row(self, column: Column, given: Mapping[str, Any], history: Sequence[int] | Ids) -> npt.NDArray[Any]:
+        """One row of a user or context column."""
+        value = given.get(column.name)
         if column.kind == "numeric":
             return _numbers(column, value)
-        if column.kind == "sequence":
-            ids = self.vocabulary(column.name).encode(list(value or ()))
-            return pad(ids, np.array([len(ids)]), column)
-        return np.array([self.vocabulary(column.name).id(value)], np.int64)
-
-    def _recent(self, history: Sequence[int] | Ids, length: int) -> Ids:
-        ids = np.asarray(history[-length:], np.int64)
-        self._known(ids)
-        row = np.zeros((1, length), np.int64)
-        row[0, length - len(ids) :] = ids
-        return row
+        if column.kind == "categorical":
+            return np.array([self.vocabulary(column.name).id(value)], np.int64)
+        if column == self._history and value is None:
+            ids = np.asarray(history[-column.length :], np.int64)
+            self._known(ids)
+        else:
+            vocabulary = self.vocabulary(column.name)
+            ids = np.array([vocabulary.id(v) for v in value or ()], np.int64)
+        return pad(ids, np.array([len(ids)]), column)
 
 
 def pad(ids: Ids, counts: npt.NDArray[np.integer[Any]], column: Column) -> Ids:
