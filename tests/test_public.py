@@ -1,0 +1,57 @@
+"""Names others rely on: what can be imported, and what is written into plans, manifests and scripts.
+
+A change here breaks somebody's code or somebody's stored bundle: say so in CHANGELOG.md.
+"""
+
+import importlib
+import pkgutil
+import subprocess
+import sys
+
+from typer.main import get_command
+
+import pennyweight
+from pennyweight.cli import app
+from pennyweight.core.config import members
+from pennyweight.model.spec import Layer
+from pennyweight.model.transform import FIELD, STAGES, Transform
+
+IMPORTED = """
+    Budget Bundle Column Dataset Env Model Plan Recipe Result Schema Spec Transform Trial fit load plan save spec_of
+"""
+TRANSFORMS = "distill place prune-neurons quantize-dense quantize-tables queue run share-rows"
+LAYERS = "dense norm table"
+COMMANDS = "apply bench demo doctor inspect optimize report serve train"
+
+
+def registered(base: type) -> str:
+    """The names of a family, once every module has been imported."""
+    for module in pkgutil.walk_packages(pennyweight.__path__, "pennyweight."):
+        importlib.import_module(module.name)
+    return " ".join(sorted(name for name, cls in members(base).items() if cls.__module__.startswith("pennyweight.")))
+
+
+def test_imported_names() -> None:
+    assert pennyweight.__all__ == IMPORTED.split()
+    for name in pennyweight.__all__:
+        assert getattr(pennyweight, name).__module__.startswith("pennyweight.")
+    assert set(pennyweight.__all__) <= set(dir(pennyweight))
+
+
+def test_stored_names() -> None:
+    assert registered(Transform) == TRANSFORMS
+    assert registered(Layer) == LAYERS
+
+
+def test_commands() -> None:
+    assert " ".join(sorted(get_command(app).commands)) == COMMANDS  # type: ignore[attr-defined]
+
+
+def test_families_and_stages() -> None:
+    assert FIELD == {"compress": "model", "distribute": "placement", "accelerate": "runtime", "schedule": "policy"}
+    assert STAGES == ("structure", "training", "data type", "placement", "runtime", "policy")
+
+
+def test_importing_is_cheap() -> None:
+    """`import pennyweight` loads no PyTorch: names are resolved when used."""
+    subprocess.run([sys.executable, "-c", "import sys, pennyweight; sys.exit('torch' in sys.modules)"], check=True)
