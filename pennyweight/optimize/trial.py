@@ -62,9 +62,13 @@ class Trial:
     """On the validation rows, which the search chooses on."""
     proof: Quality | None = None
     """On the untouched test rows; only for the few plans that were put to the proof."""
+    against_control: Quality | None = None
+    """The same rows, against the control instead of the baseline: what compression alone cost."""
     seconds: float = 0.0
     note: str = ""
     """Why it was dropped, or what a transform said."""
+    guards: tuple[Quality, ...] = ()
+    """Other metrics compared on the test rows, such as the recall of the retrieval stage; reported, not decided on."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,6 +81,8 @@ class Part:
     bytes: int
     ms: float
     flops: int
+    lookups: int = 0
+    """Rows a table looks up for one candidate."""
 
 
 @dataclasses.dataclass(frozen=True)

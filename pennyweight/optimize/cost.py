@@ -1,0 +1,109 @@
+"""What a plan will cost, before it is paid for.
+
+Bytes are exact: every transform but training is applied to the real weights (a *sketch*), which takes a second where
+recovery takes minutes. Milliseconds are predicted from the layers: each part costs a fixed call plus what it moves or
+multiplies, at rates measured on this machine in about a second; what is between the parts (concatenation, activations,
+Python) is taken from the baseline's own timing. Fitting a learned cost model over many trials is the known alternative;
+it needs the trials that a prediction is there to save. What this cannot see is cache behaviour and operator fusion, so
+a prediction only orders and filters plans; a limit is only ever kept by a measurement.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+
+import torch
+
+from pennyweight.core.measure import latency
+from pennyweight.model.bundle import Bundle
+from pennyweight.model.dense import Dense
+from pennyweight.model.spec import Layer, leaves
+from pennyweight.model.tables import Table
+from pennyweight.model.transform import Env, Plan, Transform
+from pennyweight.optimize.trial import Cost, Part, Price
+
+
+@dataclasses.dataclass(frozen=True)
+class Rates:
+    """What this machine does, one thread: milliseconds = call + work / rate."""
+
+    call_ms: float
+    """One layer called on next to nothing."""
+    flops_per_ms: Mapping[str, float]
+    """Dense floating point operations by data type."""
+    rows_per_ms: Mapping[str, float]
+    """Table rows looked up, by layout and data type."""
+
+    def ms(self, layer: Layer, candidates: int, lookups: int = 1) -> float:
+        """Predicted milliseconds of one layer for a request of this many candidates."""
+        if isinstance(layer, Table):
+            rate = self.rows_per_ms.get(f"{layer.layout} {layer.data_type}", self.rows_per_ms["full fp32"])
+            return self.call_ms + candidates * lookups / rate
+        kind = layer.data_type if isinstance(layer, Dense) else "fp32"
+        rate = self.flops_per_ms.get(kind, self.flops_per_ms["int8" if kind == "int4" else "fp32"])
+        return self.call_ms + candidates * layer.flops() / rate
+
+
+def calibrate(candidates: int = 500, seconds: float = 0.05) -> Rates:
+    """Measure this machine with small layers of the kinds a plan may use; under a second in all."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        generator = torch.Generator().manual_seed(0)
+        ids = torch.randint(0, 2000, (candidates,), generator=generator)
+        x = torch.randn(candidates, 256, generator=generator)
+        dense = {kind: Dense(256, 256, data_type=kind) for kind in ("fp32", "int8")}
+        tables = [Table(2000, 16), Table(2000, 16, data_type="int8"), Table(2000, 16, data_type="int4"), Table(2000, 16, "codebook", parts=4, codes=256)]
+        call = _time(Dense(8, 8), x[:1, :8], seconds)
+        flops = {kind: candidates * layer.flops() / max(_time(layer, x, seconds) - call, 1e-6) for kind, layer in dense.items()}
+        rows = {f"{t.layout} {t.data_type}": candidates / max(_time(t, ids, seconds) - call, 1e-6) for t in tables}
+        return Rates(call, flops, rows)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _time(layer: Layer, given: torch.Tensor, seconds: float) -> float:
+    module = layer.build().eval()
+    with torch.inference_mode():
+        return latency(lambda: module(given), seconds=seconds).p50_ms
+
+
+def described(bundle: Bundle, allow: Sequence[str] = ()) -> dict[str, Layer]:
+    """What each table and dense layer of a bundle is now, by path."""
+    module = bundle.model.build(allow)
+    found = {path: bundle.model.spec.layers.get(path) or Table.of(child) or Dense.of(child) for path, child in leaves(module)}
+    return {path: layer for path, layer in found.items() if layer is not None}
+
+
+def sketch(bundle: Bundle, transforms: Sequence[Transform], env: Env) -> Bundle:
+    """The bundle after a plan without its training: right bytes and shapes, weights not yet recovered."""
+    return Plan(tuple(t for t in transforms if t.stage != "training")).apply(bundle, env)
+
+
+def predict(bundle: Bundle, rates: Rates, baseline: Cost, before: Sequence[Part], allow: Sequence[str] = ()) -> Cost:
+    """The cost of a sketch: its bytes, and milliseconds scaled from the baseline's by what its layers need."""
+    layers = described(bundle, allow)
+    measured = {p.name: p for p in before}
+    glue = measured["everything else"].ms if "everything else" in measured else 0.0
+    lookups = {p.name: max(1, p.lookups) for p in before}
+    ms = glue + sum(rates.ms(layer, baseline.candidates, lookups.get(path, 1)) for path, layer in layers.items())
+    tail = baseline.p99_ms / baseline.p50_ms if baseline.p50_ms else 1.0
+    return Cost(bundle.bytes, ms, ms * tail, baseline.candidates, sum(layer.flops() for layer in layers.values()))
+
+
+def money(cost: Cost, threads: int, price: Price) -> float:
+    """Money for a million requests: cores for as long as a request takes, and memory for a month spread over its requests.
+
+    Memory is priced as if the deployment answered one request after another all month, the fullest use there is; an idle
+    deployment pays more per request, and its saving is larger.
+    """
+    hours = cost.p50_ms * 1e6 / 3.6e6
+    return hours * max(1, threads) * price.core_hour + cost.bytes / 1e9 * price.gb_month * hours / 730
+
+
+def objective(cost: Cost, baseline: Cost, price: Price | None = None, threads: int = 1) -> float:
+    """What the search makes small: money where there is a price, else bytes x p99 over the baseline's."""
+    if price is not None and (price.core_hour or price.gb_month):
+        return money(cost, threads, price) / max(money(baseline, threads, price), 1e-12)
+    return (cost.bytes / baseline.bytes) * (cost.p99_ms / max(baseline.p99_ms, 1e-9))

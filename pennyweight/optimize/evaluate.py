@@ -1,0 +1,167 @@
+"""What a bundle costs and how good it is, measured.
+
+The one path for every figure: scores come from the same ``Runner`` that serves, and a time is that of a whole request,
+features and forward, for one user with N candidates. A bundle without a catalogue of items (an image or a credit model)
+is timed on batches of N of its rows.
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+
+from pennyweight.accelerate.runner import Runner
+from pennyweight.core.measure import Latency, interleaved, latency
+from pennyweight.data.dataset import Dataset
+from pennyweight.data.requests import Trace
+from pennyweight.data.schema import FIRST
+from pennyweight.model.bundle import Bundle
+from pennyweight.model.metrics import Lists, full_ranking
+from pennyweight.model.spec import Batch, Layer, Model
+from pennyweight.model.tables import Table
+from pennyweight.model.transform import Env
+from pennyweight.optimize.cost import described
+from pennyweight.optimize.trial import Cost, Part
+
+Scores = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Bench:
+    """The requests a deployment is timed on."""
+
+    requests: tuple[Callable[[], Batch], ...]
+    """Each makes one request's batch, features included, as serving would."""
+    candidates: int
+    seconds: float = 1.0
+
+    @classmethod
+    def of(cls, data: Dataset, candidates: int = 500, trace: Trace | None = None, n: int = 64, seed: int = 0) -> Bench:
+        """Requests of a trace, or sampled from the data: one user with ``candidates`` items, or that many rows."""
+        catalog = data.catalog
+        if catalog.items is not None and data.schema.role("user"):
+            trace = trace or Trace.sample(data, n, candidates, seed)
+            return cls(tuple(lambda r=r: r.batch(catalog) for r in trace), len(trace.requests[0].items))  # type: ignore[misc]
+        labels = {c.name for c in data.schema.role("label", "time")}
+        batches = itertools.islice(data.batches(candidates, shuffle=True, seed=seed), n)
+        rows = [{k: v for k, v in b.items() if k not in labels} for b in batches]
+        return cls(tuple(lambda b=b: b for b in rows), len(next(iter(rows[0].values()))))  # type: ignore[misc]
+
+
+def scores(bundle: Bundle, data: Dataset, allow: Sequence[str] = (), batch: int = 8192) -> Scores:
+    """Logits [rows] (or [rows, classes]) of every row, in order."""
+    with Runner(bundle, allow) as runner:
+        return np.concatenate([runner.score(b) for b in data.batches(batch)])
+
+
+def cost(bundle: Bundle, bench: Bench, allow: Sequence[str] = ()) -> Cost:
+    """What the bundle costs for one request of the bench."""
+    with Runner(bundle, allow, probe=bench.requests[0]()) as runner:
+        timing = latency(_calls(runner, bench), seconds=bench.seconds)
+    return _cost(bundle, timing, bench, allow)
+
+
+def race(bundles: Sequence[Bundle], bench: Bench, allow: Sequence[str] = ()) -> list[Cost]:
+    """The costs of several bundles timed in turns, so that what else the machine does falls on all alike."""
+    runners = [Runner(b, allow, probe=bench.requests[0]()) for b in bundles]
+    try:
+        timings = interleaved([_calls(r, bench) for r in runners], seconds=bench.seconds * len(bundles))
+    finally:
+        for runner in reversed(runners):
+            runner.close()
+    return [_cost(b, t, bench, allow) for b, t in zip(bundles, timings, strict=True)]
+
+
+def _calls(runner: Runner, bench: Bench) -> Callable[[], object]:
+    requests = itertools.cycle(bench.requests)
+    return lambda: runner.score(next(requests)())
+
+
+def _cost(bundle: Bundle, timing: Latency, bench: Bench, allow: Sequence[str]) -> Cost:
+    flops = sum(layer.flops() for layer in described(bundle, allow).values())
+    return Cost(bundle.bytes, timing.p50_ms, timing.p99_ms, bench.candidates, flops)
+
+
+def parts(bundle: Bundle, bench: Bench, allow: Sequence[str] = (), rounds: int = 30) -> tuple[Part, ...]:
+    """Where bytes and milliseconds are: one part a table or layer that a request calls or that holds weights.
+
+    Timed with hooks on eager modules, which cost a microsecond each; ``everything else`` is what is left of the forward.
+    """
+    with Runner(bundle.replace(runtime=replace(bundle.runtime, engine="eager")), allow) as runner:
+        layers = described(bundle, allow)
+        spent = dict.fromkeys(layers, 0.0)
+        rows = dict.fromkeys(layers, 0)
+        handles = [h for path in layers for h in _timed(runner.module.get_submodule(path), path, spent, rows)]
+        batch = bench.requests[0]()
+        runner.score(batch)
+        spent.update(dict.fromkeys(layers, 0.0))
+        rows.update(dict.fromkeys(layers, 0))
+        start = time.perf_counter()
+        for _ in range(rounds):
+            runner.score(batch)
+        total = (time.perf_counter() - start) * 1e3 / rounds
+        for handle in handles:
+            handle.remove()
+    made = [_part(p, layer, spent[p] / rounds, rows[p] // (rounds * bench.candidates)) for p, layer in layers.items()]
+    rest = bundle.model.bytes - sum(p.bytes for p in made)
+    return (*made, Part("everything else", "glue", max(0, rest), max(0.0, total - sum(p.ms for p in made)), 0))
+
+
+def _timed(module: nn.Module, path: str, spent: dict[str, float], rows: dict[str, int]) -> list[torch.utils.hooks.RemovableHandle]:
+    begun = [0.0]
+
+    def before(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+        begun[0] = time.perf_counter()
+
+    def after(_: nn.Module, args: tuple[Tensor, ...], out: object) -> None:
+        spent[path] += (time.perf_counter() - begun[0]) * 1e3
+        rows[path] += args[0].numel() if args else 0
+
+    return [module.register_forward_pre_hook(before), module.register_forward_hook(after)]
+
+
+def _part(path: str, layer: Layer, ms: float, lookups: int) -> Part:
+    name = type(layer).__name__.lower()
+    if isinstance(layer, Table):
+        shape = f"{layer.rows}x{layer.dim}"
+        form = layer.data_type if layer.layout == "full" else f"{layer.layout} {layer.parts}x{layer.codes} {layer.data_type}"
+        return Part(path, f"{name} {form} {shape}", layer.bytes(), ms, layer.flops(), lookups)
+    shape = f"{getattr(layer, 'inputs', getattr(layer, 'features', ''))}x{getattr(layer, 'outputs', '')}".rstrip("x")
+    return Part(path, f"{name} {getattr(layer, 'data_type', '')} {shape}".replace("  ", " "), layer.bytes(), ms, layer.flops())
+
+
+def recall(bundle: Bundle, train: Dataset, test: Dataset, k: int = 100, allow: Sequence[str] = ()) -> npt.NDArray[np.float64]:
+    """Recall@k of the retrieval stage for every user with a liked test item, [users]: seen items are left out.
+
+    A user is asked with the features of their first test row, which is what was known when the test began.
+
+    Raises:
+        ConfigError: the model has no retrieval stage.
+    """
+    user, item, liked = (test.column(c.name) for c in (test.schema.user, test.schema.item, test.schema.label))
+    found = (user >= FIRST) & (item >= FIRST) & (liked > 0)
+    people, rows = np.unique(np.where(found, user, 0), return_index=True)
+    people, rows = people[people >= FIRST], rows[people >= FIRST]
+    place = np.full(test.schema.user.size, -1)
+    place[people] = np.arange(len(people))
+    past, bought = place[train.column(train.schema.user.name)], train.column(train.schema.item.name)
+    with Runner(bundle, allow) as runner:
+        askers = runner.user_vectors(next(test.take(rows).batches(len(rows))))
+        items = runner.item_vectors(test.catalog.item_batch(np.arange(test.schema.item.size)))
+    unknown = np.setdiff1d(np.arange(test.schema.item.size), test.catalog.item_ids)
+    known = torch.ones(len(items), dtype=torch.bool)
+    known[torch.from_numpy(unknown)] = False
+    table = torch.from_numpy(items).T
+
+    def score(start: int, stop: int) -> Tensor:
+        return (torch.from_numpy(askers[start:stop]) @ table).masked_fill(~known, -torch.inf)
+
+    seen = Lists.group(past[past >= 0], bought[past >= 0], len(people))
+    return full_ranking(score, Lists.group(place[user[found]], item[found], len(people)), seen, k).each[0]

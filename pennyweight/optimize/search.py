@@ -1,0 +1,577 @@
+"""From a model, data and a budget to the cheapest deployment that is proven as good.
+
+The search walks a ladder. Plans that need no training come first (seconds each), so something is on disk at once; then the
+mildest structure that can meet the budget is trained, a cheaper one if it held its quality, a milder one if not. Every
+trained structure is tried with several data types. It chooses on validation rows only. What is left (a handful, from safest
+to cheapest) goes to the proof on the untouched test rows, in that order and only as far as each is proven, which keeps the
+5 % error of one test (``prove.fixed_sequence``). Beside it runs the control: the given model with the same extra training
+and no compression, since recovery alone often improves a model and that gain is not compression's.
+
+It is anytime: after each trial the best bundle so far and the record are on disk, Ctrl-C ends the search and goes to the
+proof with what there is, ``resume`` takes finished trials from disk. The compute cap is kept by predicting how long a
+training will take from the epochs seen so far, and by ending one that would run over with its best so far.
+
+A sampler over all plans (TPE, evolution) is the known alternative. It spends trials on learning what a prediction gives for
+free here: bytes exactly, milliseconds nearly, and that more compression is cheaper and not better.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+
+import numpy as np
+
+from pennyweight.accelerate.tune import tune
+from pennyweight.core import hardware
+from pennyweight.core.budget import Budget
+from pennyweight.core.config import decode, dumps, encode, write
+from pennyweight.core.errors import ConfigError, DataError, DeviceError, Infeasible, NotWorthIt, PlanError
+from pennyweight.data.dataset import Dataset
+from pennyweight.model.bundle import Bundle, load, save
+from pennyweight.model.train import Progress
+from pennyweight.model.transform import Env, Plan, Transform, plan
+from pennyweight.optimize import prove
+from pennyweight.optimize.cost import calibrate, described, money, objective, predict, sketch
+from pennyweight.optimize.evaluate import Bench, Scores, cost, parts, race, recall, scores
+from pennyweight.optimize.space import Structure, recovery, structures, types
+from pennyweight.optimize.trial import Cost, Epoch, Part, Price, Quality, Result, Trial
+
+Watch = Callable[["Step"], None]
+
+RECORD = "search.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """What the search is doing, for whoever watches."""
+
+    stage: str
+    message: str
+    share: float
+    """Of the compute cap used, 0 to 1."""
+    trial: Trial | None = None
+    """Set when a trial ended."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """How to search."""
+
+    metric: str = "auc"
+    seconds: float = 600.0
+    """Compute cap of the search, control and proof included."""
+    epochs: int = 10
+    """Epochs of recovery at most; early stopping ends it before."""
+    candidates: int = 500
+    """Items in the request that is timed."""
+    tries: int = 3
+    """Structures trained at most."""
+    timing_s: float = 0.5
+    """Seconds each trial is timed; the final comparison takes five times that."""
+    force: bool = False
+    """Search even where the model is within the budget already."""
+    engines: tuple[str, ...] = ("eager", "onnxruntime")
+    price: Price | None = None
+    data: str = ""
+    """One line on the data, for the report."""
+    references: tuple[tuple[str, float], ...] = ()
+    epochs_before: tuple[Epoch, ...] = ()
+    """The baseline's training, for the report."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Outcome:
+    """The record, and the bundle to deploy: the chosen one, or the baseline where none was proven."""
+
+    result: Result
+    bundle: Bundle
+
+
+@dataclasses.dataclass(eq=False)
+class Search:
+    """One search: what it was given, and the trials so far."""
+
+    bundle: Bundle
+    env: Env
+    budget: Budget
+    test: Dataset
+    options: Options
+    out: Path | None
+    watch: Watch
+    started: float = dataclasses.field(default_factory=time.monotonic)
+    trials: list[Trial] = dataclasses.field(default_factory=list)
+    bundles: dict[str, Bundle] = dataclasses.field(default_factory=dict)
+    epochs: list[Epoch] = dataclasses.field(default_factory=list)
+    epoch_s: float = 0.0
+    known: dict[str, Trial] = dataclasses.field(default_factory=dict)
+    interrupted: bool = False
+
+    # -- time --------------------------------------------------------------------------------------------------------
+
+    def left(self) -> float:
+        """Seconds of the compute cap not used yet."""
+        return self.options.seconds - (time.monotonic() - self.started)
+
+    def say(self, stage: str, message: str, trial: Trial | None = None) -> None:
+        """Tell whoever watches."""
+        self.watch(Step(stage, message, min(1.0, 1 - self.left() / self.options.seconds), trial))
+
+    # -- set-up ------------------------------------------------------------------------------------------------------
+
+    def measure_baseline(self) -> None:
+        """Cost, parts and scores of the model as given, timed at its own best number of threads."""
+        valid = self.env.valid
+        assert valid is not None
+        o = self.options
+        self.say("baseline", "timing the model as given")
+        self.bench = Bench.of(self.test, o.candidates, self.env.requests, seed=self.env.seed)
+        self.bench = dataclasses.replace(self.bench, seconds=o.timing_s)
+        self.bundle, self.threads_note = self._at_best_threads(self.bundle)
+        self.base = cost(self.bundle, self.bench, self.env.allow)
+        self.before = parts(self.bundle, self.bench, self.env.allow)
+        self.users = _column(self.test, "user"), _column(valid, "user")
+        self.labels = self.test.column(self.test.schema.label.name), valid.column(valid.schema.label.name)
+        self.say("baseline", "scoring the validation rows")
+        self.valid_scores = scores(self.bundle, valid, self.env.allow)
+        value = prove.prove(o.metric, self.labels[1], self.valid_scores, self.valid_scores, margin=1.0, users=self.users[1]).baseline
+        self.margin = self.budget.margin(o.metric, value)
+        self.rates = calibrate(o.candidates)
+
+    def _at_best_threads(self, bundle: Bundle) -> tuple[Bundle, str]:
+        if bundle.runtime.threads:
+            return bundle, f"timed at {bundle.runtime.threads} thread(s), as its runtime says"
+        choices = [bundle.replace(runtime=dataclasses.replace(bundle.runtime, threads=n)) for n in _threads()]
+        times = race([bundle, *choices], self.bench, self.env.allow)
+        best = min(range(len(times)), key=lambda k: times[k].p99_ms)
+        used = choices[best - 1] if best else bundle
+        return used, f"timed at {used.runtime.threads or 'default'} thread(s), the fastest for it of {len(times)} settings"
+
+    def worth_it(self) -> None:
+        """Refuse where there is nothing to gain.
+
+        Raises:
+            NotWorthIt: the budget limits something and the model is within all of it already.
+        """
+        limited = self.budget.misses() != ()
+        if self.options.force or not limited or self._misses(self.base, self.bundle):
+            return
+        dense = sum(p.ms for p in self.before if not p.kind.startswith("table"))
+        share = dense / max(sum(p.ms for p in self.before), 1e-9)
+        raise NotWorthIt(
+            f"the model is within {self.budget.describe()} as it is: {self.base.bytes / 1e6:.2f} MB, p99 {self.base.p99_ms:.2f} ms; "
+            f"{share:.0%} of the time is the dense part. Leave it, set a tighter budget, or search all the same with --force"
+        )
+
+    def _misses(self, spent: Cost, bundle: Bundle) -> tuple[str, ...]:
+        price = self.options.price
+        paid = money(spent, bundle.runtime.threads, price) if price else None
+        memory = spent.bytes if self.budget.memory_bytes is not None else None
+        return self.budget.misses(p50_ms=spent.p50_ms, p99_ms=spent.p99_ms, bytes=spent.bytes, memory_bytes=memory, cost=paid)
+
+    # -- trials ------------------------------------------------------------------------------------------------------
+
+    def attempt(self, transforms: Sequence[Transform], predicted: Cost, name: str) -> Trial:
+        """Apply a plan, measure it on the validation rows, keep it."""
+        made = plan(transforms)
+        key = _key(made)
+        begun = time.monotonic()
+        try:
+            bundle = self._applied(made)
+            if key in self.known:
+                trial = self.known[key]
+            else:
+                spent = cost(bundle, self.bench, self.env.allow)
+                trial = Trial(name, made, predicted, spent, self._validated(bundle), None, seconds=time.monotonic() - begun)
+                trial = dataclasses.replace(trial, note="; ".join(self._misses(spent, bundle)))
+        except PlanError as error:
+            trial = Trial(name, made, predicted, note=str(error), seconds=time.monotonic() - begun)
+        else:
+            self.bundles[key] = bundle
+        self.trials.append(trial)
+        self._keep()
+        self.say("trial", made.describe(), trial)
+        return trial
+
+    def _applied(self, made: Plan) -> Bundle:
+        """The bundle after a plan; what training leaves behind is kept, in memory and on disk."""
+        bundle, at = self.bundle, 0
+        for k in range(len(made), 0, -1):
+            kept = self._trained(Plan(made.transforms[:k]))
+            if kept is not None:
+                bundle, at = kept, k
+                break
+        for k in range(at, len(made)):
+            step = made.transforms[k]
+            bundle = step.apply(bundle, self._listening(step, made.describe()))
+            if step.stage == "training":
+                self._remember(Plan(made.transforms[: k + 1]), bundle)
+        return bundle
+
+    def _trained(self, prefix: Plan) -> Bundle | None:
+        key = _key(prefix)
+        if key in self.bundles:
+            return self.bundles[key]
+        folder = self.out / "trained" / key if self.out and prefix.transforms[-1].stage == "training" else None
+        if folder is None or not self.known or not (folder / "manifest.json").exists():
+            return None
+        self.bundles[key] = load(folder)
+        return self.bundles[key]
+
+    def _remember(self, prefix: Plan, bundle: Bundle) -> None:
+        self.bundles[_key(prefix)] = bundle
+        if self.out is not None and not self.interrupted:
+            save(bundle.replace(catalog=None), self.out / "trained" / _key(prefix))
+
+    def _listening(self, step: Transform, run: str) -> Env:
+        """The environment with a watcher that records epochs and holds the cap."""
+        if step.stage != "training":
+            return self.env
+        seen: set[int] = set()
+
+        def hear(progress: Progress) -> None:
+            if progress.metric is not None and progress.epoch not in seen:
+                seen.add(progress.epoch)
+                self.epoch_s = max(self.epoch_s, progress.seconds / max(1, len(seen)))
+                self.epochs.append(Epoch(run, progress.epoch, progress.loss, progress.metric, progress.seconds))
+                self.say("train", f"{run}: epoch {progress.epoch}, loss {progress.loss:.4f}, {self.options.metric} {progress.metric:.4f}")
+
+        return dataclasses.replace(self.env, watch=hear, deadline_s=max(1.0, self.left() - self.reserve))
+
+    @property
+    def reserve(self) -> float:
+        """Seconds kept back for the proof and the final timing."""
+        return min(0.25 * self.options.seconds, 10 * self.options.timing_s + 5)
+
+    def _validated(self, bundle: Bundle) -> Quality:
+        assert self.env.valid is not None
+        return self._compared(scores(bundle, self.env.valid, self.env.allow), self.valid_scores, 1)
+
+    def _compared(self, new: Scores, old: Scores, which: int) -> Quality:
+        return prove.prove(
+            self.options.metric, self.labels[which], old, new, margin=self.margin, users=self.users[which], seed=self.env.seed
+        )
+
+    def _keep(self) -> None:
+        """The record and the best bundle so far, on disk."""
+        if self.out is None:
+            return
+        head = {"fingerprint": self.fingerprint(), "trials": [encode(t) for t in self.trials]}
+        write(self.out / RECORD, dumps(head))
+        fit = [t for t in self.trials if self.acceptable(t)]
+        if fit:
+            best = min(fit, key=self._objective)
+            if best is self.trials[-1]:
+                save(self.bundles[_key(best.plan)], self.out / "best")
+
+    def fingerprint(self) -> str:
+        """What makes finished trials of an earlier search usable: same model, data, budget and options."""
+        assert self.env.valid is not None and self.env.train is not None
+        weights = hashlib.sha256(b"".join(v.cpu().contiguous().numpy().tobytes() for _, v in sorted(self.bundle.model.state.items())))
+        given = [weights.hexdigest(), self.env.train.fingerprint, self.env.valid.fingerprint, self.budget.describe(), str(self.env.seed)]
+        return hashlib.sha256("|".join([*given, self.options.metric, str(self.options.epochs)]).encode()).hexdigest()
+
+    def recall_record(self) -> None:
+        """Take the trials of an earlier search of the same thing from disk.
+
+        Raises:
+            ConfigError: the folder holds a search of something else.
+        """
+        file = self.out / RECORD if self.out else None
+        if file is None or not file.exists():
+            return
+        head = json.loads(file.read_bytes())
+        if head["fingerprint"] != self.fingerprint():
+            raise ConfigError(f"{file} is a search of another model, data or budget; name another folder or leave --resume away")
+        found = [decode(Trial, t, f"{file}.trials") for t in head["trials"]]
+        self.known = {_key(t.plan): t for t in found if t.measured is not None}
+
+    # -- the ladder --------------------------------------------------------------------------------------------------
+
+    def explore(self) -> None:
+        """Free plans, then structures with recovery, milder or cheaper as validation says."""
+        layers = described(self.bundle, self.env.allow)
+        norms = any(type(layer).__name__ == "Norm" for layer in layers.values())
+        self.say("predict", "sketching the structures there are")
+        ladder = self._ladder(structures(self.bundle, layers, self.env), norms)
+        for structure, dtypes, predicted in ladder:
+            if not structure:
+                for suffix, guess in zip(dtypes, predicted, strict=True):
+                    self.attempt(suffix, guess, "free")
+        rungs = [rung for rung in ladder if rung[0] and recovery(rung[0], self.env, 1)]
+        possible = [k for k, (_, _, guesses) in enumerate(rungs) if self._promising(guesses[-1])]
+        low, high = (min(possible), len(rungs) - 1) if possible else (len(rungs), len(rungs) - 1)
+        at, step = low, max(1, (high - low) // 3)
+        for _ in range(self.options.tries):
+            if not low <= at <= high or not self._affordable():
+                break
+            held = self._rung(*rungs[at])
+            low, high = (at + 1, high) if held else (low, at - 1)
+            at = min(at + step, high) if held else (low + high + 1) // 2
+
+    def _ladder(self, found: Sequence[Structure], norms: bool) -> list[tuple[Structure, list[Structure], list[Cost]]]:
+        """Structures with their data types and predicted costs, mild to cheap; those that cannot be applied are left out."""
+        ladder = []
+        for structure in found:
+            try:
+                drawn = sketch(self.bundle, structure, self.env)
+                dtypes = types(described(drawn, self.env.allow), norms)
+                sketches = [sketch(drawn, suffix, self.env) for suffix in dtypes]
+            except PlanError:
+                continue
+            guesses = [predict(s, self.rates, self.base, self.before, self.env.allow) for s in sketches]
+            ladder.append((structure, dtypes, guesses))
+        return sorted(ladder, key=lambda rung: -objective(rung[2][-1], self.base, self.options.price))
+
+    def _promising(self, guess: Cost) -> bool:
+        """Whether a prediction leaves hope: bytes are exact, milliseconds may be a third off."""
+        slack = dataclasses.replace(guess, p50_ms=guess.p50_ms / 1.5, p99_ms=guess.p99_ms / 1.5)
+        return not self._misses(slack, self.bundle)
+
+    def _affordable(self) -> bool:
+        """Whether another training fits the cap beside the control and the proof."""
+        return self.left() - self.reserve > 2 * max(self.epoch_s * min(3, self.options.epochs), 1.0)
+
+    def _rung(self, structure: Structure, dtypes: Sequence[Structure], guesses: Sequence[Cost]) -> bool:
+        trained = (*structure, *recovery(structure, self.env, self.options.epochs))
+        made = [self.attempt((*trained, *s), g, "recovered") for s, g in zip(dtypes, guesses, strict=True)]
+        return any(t.validation is not None and t.validation.drop <= self.margin for t in made)
+
+    def acceptable(self, trial: Trial) -> bool:
+        """Within the budget as measured, and no worse than the margin on validation."""
+        return trial.measured is not None and not trial.note and trial.validation is not None and trial.validation.drop <= self.margin
+
+    def _objective(self, trial: Trial) -> float:
+        assert trial.measured is not None
+        return objective(trial.measured, self.base, self.options.price)
+
+    # -- runtime, control, proof -------------------------------------------------------------------------------------
+
+    def tune_finalists(self) -> None:
+        """Choose engine and threads on the best plan by measurement, and try the others with it."""
+        order = sorted((t for t in self.trials if t.measured and t.validation), key=self._objective)
+        best = next((t for t in order if t.validation and t.validation.drop <= self.margin), None)
+        if best is None or self.left() < self.reserve:
+            return
+        self.say("tune", "choosing engine and threads for the best plan by measurement")
+        requests = [make() for make in self.bench.requests[:8]]
+        chosen, _ = tune(
+            self.bundles[_key(best.plan)], requests, seconds=min(6 * self.options.timing_s, self.left() / 4), engines=self.options.engines, allow=self.env.allow
+        )
+        for trial in [t for t in order if t.validation and t.validation.drop <= self.margin][:8]:
+            with contextlib.suppress(DeviceError):
+                self.attempt((*trial.plan.transforms, chosen), trial.predicted, trial.name)
+
+    def run_control(self) -> Trial | None:
+        """The given model after the same extra training, not compressed."""
+        extra = [t for trial in self.trials for t in trial.plan.transforms if t.stage == "training"]
+        if not extra or self.left() < self.reserve:
+            return None
+        self.say("control", "training the model as given for as long, without compression")
+        try:
+            return self.attempt(extra[:1], self.base, "control")
+        except KeyboardInterrupt:
+            self.interrupted = True
+            return None
+
+    def sequence(self) -> list[Trial]:
+        """Finalists from safest to cheapest: each cheaper than the one before, and none but the best for its price."""
+        fit = [t for t in self.trials if t.name != "control" and self.acceptable(t)]
+        fit.sort(key=self._objective)
+        kept: list[Trial] = []
+        for trial in fit:
+            if not kept or _bound(trial) < _bound(kept[-1]):
+                kept.append(trial)
+        return kept[:5][::-1]
+
+    def proof(self, finalists: Sequence[Trial], control: Trial | None) -> tuple[Trial | None, Trial | None]:
+        """Put finalists to the test rows; the chosen trial and the control, each with its proof."""
+        self.say("prove", f"scoring {len(self.test):,} untouched rows")
+        baseline = scores(self.bundle, self.test, self.env.allow)
+        self.base_scores = baseline
+        if control is not None:
+            controlled = scores(self.bundles[_key(control.plan)], self.test, self.env.allow)
+            control = dataclasses.replace(control, proof=self._compared(controlled, baseline, 0))
+        found: dict[str, Scores] = {}
+
+        def test(trial: Trial) -> Quality:
+            found[_key(trial.plan)] = scores(self.bundles[_key(trial.plan)], self.test, self.env.allow)
+            return self._compared(found[_key(trial.plan)], baseline, 0)
+
+        chosen, made = prove.fixed_sequence(finalists, test)
+        for trial, quality in made:
+            beside = self._compared(found[_key(trial.plan)], controlled, 0) if control is not None else None
+            self._swap(trial, dataclasses.replace(trial, proof=quality, against_control=beside))
+        chosen = next((t for t in self.trials if chosen is not None and t.plan == chosen.plan), None)
+        return chosen, control
+
+    def _swap(self, old: Trial, new: Trial) -> None:
+        self.trials[self.trials.index(old)] = new
+
+
+def optimize(
+    bundle: Bundle,
+    env: Env,
+    budget: Budget,
+    test: Dataset,
+    options: Options = Options(),  # noqa: B008  (frozen)
+    *,
+    out: Path | None = None,
+    resume: bool = False,
+    watch: Watch = lambda step: None,
+) -> Outcome:
+    """Search for the cheapest plan that is proven as good as ``bundle``.
+
+    ``env.train`` and ``env.valid`` are what recovery and choice may use; ``test`` is read once, at the end. With ``out`` the
+    best bundle so far is always in ``out/best`` and the record in ``out/search.json`` and ``out/result.json``.
+
+    Raises:
+        NotWorthIt: the model is within the budget already.
+        Infeasible: nothing measured meets the budget; the frontier and what is missing are in the error and on disk.
+        DataError: train, validation or test rows are missing.
+    """
+    if env.train is None or env.valid is None or not len(test):
+        raise DataError("optimize needs train, validation and test rows; split the data into three")
+    env = dataclasses.replace(env, teacher=env.teacher or bundle.model)
+    search = Search(bundle, env, budget, test, options, out, watch)
+    search.measure_baseline()
+    search.worth_it()
+    if resume:
+        search.recall_record()
+    control = None
+    with _interruptible(search):
+        search.explore()
+        control = search.run_control()
+        search.tune_finalists()
+    return _conclude(search, control)
+
+
+@contextlib.contextmanager
+def _interruptible(search: Search) -> Iterator[None]:
+    """Ctrl-C ends the exploration, not the process: what was found is still put to the proof."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        search.interrupted = True
+        search.say("stop", "interrupted: going to the proof with what was found")
+
+
+def _conclude(search: Search, control: Trial | None) -> Outcome:
+    finalists = search.sequence()
+    chosen, control = search.proof(finalists, control)
+    best = search.bundle
+    if chosen is not None:
+        best = search.bundles[_key(chosen.plan)]
+        slow, fast = race([search.bundle, best], dataclasses.replace(search.bench, seconds=5 * search.options.timing_s), search.env.allow)
+        search.base = slow
+        search._swap(chosen, chosen := dataclasses.replace(chosen, measured=fast, guards=_guards(search, best)))
+    result = _result(search, chosen, control, finalists, best)
+    if search.out is not None:
+        if chosen is not None:
+            save(best, search.out / "best")
+        write(search.out / "result.json", dumps(result))
+    if not finalists:
+        raise _infeasible(search)
+    return Outcome(result, best)
+
+
+def _guards(search: Search, best: Bundle) -> tuple[Quality, ...]:
+    """The retrieval stage before and after, where there is one."""
+    assert search.env.train is not None
+    try:
+        before, after = (recall(b, search.env.train, search.test, 100, search.env.allow) for b in (search.bundle, best))
+    except ConfigError:
+        return ()
+    return (prove.judge("recall@100", prove.means(before, after), 0.01),)
+
+
+def _infeasible(search: Search) -> Infeasible:
+    tried = [t for t in search.trials if t.measured is not None and t.validation is not None and t.name != "control"]
+    frontier = tuple(sorted(tried, key=search._objective))[:5]
+    metric = search.options.metric
+    missing = tuple(
+        t.note or f"{metric} drops by {t.validation.drop:.4f} on validation, the margin is {search.margin:g}" for t in frontier if t.validation
+    )
+    lines = [f"  {_short(t)}: {m}" for t, m in zip(frontier, missing, strict=True)]
+    return Infeasible(
+        f"nothing tried meets {search.budget.describe()}. The nearest, and what each lacks:\n" + "\n".join(lines)
+        + "\nAllow more compute, a larger margin, or a larger limit.", frontier, missing,
+    )  # fmt: skip
+
+
+def _short(trial: Trial) -> str:
+    spent = trial.measured
+    assert spent is not None
+    return f"{trial.plan.describe()} ({spent.bytes / 1e3:.0f} kB, p99 {spent.p99_ms:.2f} ms)"
+
+
+def _result(search: Search, chosen: Trial | None, control: Trial | None, finalists: Sequence[Trial], best: Bundle) -> Result:
+    o = search.options
+    tried = next((t for t in search.trials if t.proof is not None), None)
+    quality = (chosen or tried or search.trials[-1]).proof if (chosen or tried) else None
+    own = search._compared(search.base_scores, search.base_scores, 0)
+    baseline = Trial("baseline", Plan(), search.base, search.base, None, own, note=search.threads_note)
+    savings = _savings(search, chosen, best)
+    if quality is not None:
+        verdict, explanation = quality.verdict, prove.explain(quality)
+    else:
+        verdict, explanation = "cannot tell", "no plan within the budget held its quality on the validation rows; nothing was put to the test"
+    return Result(
+        budget=search.budget.describe(),
+        baseline=baseline,
+        control=control,
+        chosen=chosen,
+        trials=tuple(t for t in search.trials if t.name != "control"),
+        parts_before=search.before,
+        parts_after=parts(best, search.bench, search.env.allow) if chosen else (),
+        epochs=(*o.epochs_before, *search.epochs),
+        references=o.references,
+        verdict=verdict,
+        explanation=explanation + (" (interrupted before the search was done)" if search.interrupted else ""),
+        seconds=time.monotonic() - search.started,
+        compute_cap_s=o.seconds,
+        seed=search.env.seed,
+        machine=hardware.machine(),
+        versions=hardware.versions(),
+        date=datetime.now(UTC).isoformat(timespec="seconds"),
+        data=o.data,
+        price=o.price,
+        savings=savings,
+    )
+
+
+def _savings(search: Search, chosen: Trial | None, best: Bundle) -> tuple[str, ...]:
+    price = search.options.price
+    if price is None or chosen is None or chosen.measured is None:
+        return ()
+    before, after = money(search.base, search.bundle.runtime.threads, price), money(chosen.measured, best.runtime.threads, price)
+    share = 1 - after / before if before else 0.0
+    return (f"{before:.4g} -> {after:.4g} {price.currency} per million requests of {chosen.measured.candidates} candidates: {share:.0%} saved",)
+
+
+def _bound(trial: Trial) -> float:
+    assert trial.validation is not None
+    return trial.validation.drop_upper_95 if math.isfinite(trial.validation.drop_upper_95) else math.inf
+
+
+def _threads() -> tuple[int, ...]:
+    cores = hardware.detect().cpu.cores
+    return tuple(sorted({1, max(1, cores // 2), cores}))
+
+
+def _column(data: Dataset, role: str) -> np.ndarray | None:  # type: ignore[type-arg]
+    try:
+        return data.column(data.schema.user.name) if role == "user" else None
+    except ConfigError:
+        return None
+
+
+def _key(made: Plan) -> str:
+    return hashlib.sha256(dumps(made).encode()).hexdigest()[:16]
