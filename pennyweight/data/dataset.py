@@ -52,7 +52,7 @@ WINDOW = 256 << 20
 """Bytes of rows that are permuted as one; a larger set is shuffled window by window."""
 
 Array = npt.NDArray[Any]
-How = Literal["time", "last", "random"]
+How = Literal["time", "last", "user", "random"]
 
 
 class Split(NamedTuple):
@@ -193,7 +193,8 @@ class Dataset:
 
         ``time`` cuts at two moments, so that nothing in a later part is older than anything in an earlier one; ``last``
         gives each user's last row to test and the one before to valid (users with fewer than three stay in train, and
-        ``fractions`` is not read); ``random`` draws rows.
+        ``fractions`` is not read); ``user`` gives each user's earliest rows to train and latest to test, by ``fractions``;
+        ``random`` draws rows.
 
         Raises:
             ConfigError: an unknown way, or fractions that are not positive and do not sum to 1.
@@ -273,7 +274,7 @@ class Dataset:
 
 def _counting(schema: Schema) -> dict[str, Vocabulary]:
     tables = (c for c in schema.features if c.size and not c.shares)
-    return {c.name: Vocabulary.hashed(c.size) if c.hashed else Vocabulary.of(pa.array(range(c.size - FIRST))) for c in tables}
+    return {c.name: Vocabulary.hashed(c.size) if c.hashed else Vocabulary.of(np.arange(c.size - FIRST)) for c in tables}
 
 
 def _by_time(data: Dataset, fractions: tuple[float, float, float], seed: int) -> npt.NDArray[np.int8]:
@@ -286,10 +287,14 @@ def _by_time(data: Dataset, fractions: tuple[float, float, float], seed: int) ->
     return np.searchsorted(cuts, time, side="right").astype(np.int8)
 
 
+def _in_order(data: Dataset) -> tuple[Array, npt.NDArray[np.int64]]:
+    """The user of every row, and the order by user and time."""
+    user, time = data.column(data.schema.user.name), next(iter(data.schema.role("time")), None)
+    return user, np.lexsort((data.column(time.name), user)) if time else np.argsort(user, kind="stable")
+
+
 def _by_last(data: Dataset, fractions: tuple[float, float, float], seed: int) -> npt.NDArray[np.int8]:
-    user = data.column(data.schema.user.name)
-    time = next(iter(data.schema.role("time")), None)
-    order = np.lexsort((data.column(time.name), user)) if time else np.argsort(user, kind="stable")
+    user, order = _in_order(data)
     ends = np.flatnonzero(np.append(np.diff(user[order]) != 0, True))
     counts = np.diff(ends, prepend=-1)
     ends = ends[counts >= 3]
@@ -304,7 +309,20 @@ def _by_chance(data: Dataset, fractions: tuple[float, float, float], seed: int) 
     return np.searchsorted(cuts, places, side="right").astype(np.int8)
 
 
-_SPLITS = {"time": _by_time, "last": _by_last, "random": _by_chance}
+def _by_user(data: Dataset, fractions: tuple[float, float, float], seed: int) -> npt.NDArray[np.int8]:
+    """Each user's rows in order of time; a user of two rows has them in train."""
+    user, order = _in_order(data)
+    starts = np.flatnonzero(np.diff(user[order], prepend=-1) != 0)
+    counts = np.diff(np.append(starts, len(user)))
+    place = np.arange(len(user)) - np.repeat(starts, counts)
+    share = (place + 0.5) / np.repeat(counts, counts)
+    part = np.zeros(len(user), np.int8)
+    part[order] = np.searchsorted(np.cumsum(fractions)[:2], share, side="right")
+    part[order[np.repeat(counts, counts) < 3]] = 0
+    return part
+
+
+_SPLITS = {"time": _by_time, "last": _by_last, "user": _by_user, "random": _by_chance}
 
 
 def _cut(chunks: Iterator[npt.NDArray[np.int64]], size: int, skip: int) -> Iterator[npt.NDArray[np.int64]]:
