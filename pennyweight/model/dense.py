@@ -73,9 +73,9 @@ class Dense(Layer):
         if isinstance(module, PackedLinear):
             return module.layer
         # Not a subclass: attention keeps one whose weight it multiplies itself.
-        if type(module) is not nn.Linear or module.weight.dtype != torch.float32:
-            return None
-        return cls(module.in_features, module.out_features, module.bias is not None)
+        if isinstance(module, nn.Linear) and type(module) is nn.Linear and module.weight.dtype == torch.float32:
+            return cls(module.in_features, module.out_features, module.bias is not None)
+        return None
 
 
 class PackedLinear(Packed):
@@ -168,10 +168,11 @@ class Norm(Layer):
     @classmethod
     def of(cls, module: nn.Module) -> Norm | None:
         """What norm a module is; None for anything else."""
-        if type(module) is nn.BatchNorm1d and module.track_running_stats:
+        if isinstance(module, nn.BatchNorm1d) and type(module) is nn.BatchNorm1d and module.track_running_stats:
             return cls(module.num_features, "batch", module.eps, module.momentum, module.affine)
-        if type(module) is nn.LayerNorm and len(module.normalized_shape) == 1 and (module.weight is None) == (module.bias is None):
-            return cls(module.normalized_shape[0], "layer", module.eps, None, module.elementwise_affine)
+        if isinstance(module, nn.LayerNorm) and len(module.normalized_shape) == 1:
+            whole = (module.weight is None) == (module.bias is None)
+            return cls(module.normalized_shape[0], "layer", module.eps, None, module.elementwise_affine) if whole else None
         return None
 
 

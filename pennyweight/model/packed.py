@@ -9,7 +9,8 @@ one packing at start and, where a second form is kept, its memory.
 from __future__ import annotations
 
 import abc
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -42,24 +43,25 @@ class Packed(nn.Module, abc.ABC):
         self._ready = None
         super()._load_from_state_dict(*args, **kwargs)
 
-    def _apply(self, *args: Any, **kwargs: Any) -> nn.Module:
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         self._ready = None
-        return super()._apply(*args, **kwargs)
+        return super()._apply(fn, recurse)  # type: ignore[no-any-return,no-untyped-call]
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_ready": None}
 
 
 def pack_bits(values: Tensor, bits: int) -> Tensor:
-    """Whole numbers below 2**bits, ``8 // bits`` to a byte, the first in the lowest bits: uint8 [..., n] -> [..., n * bits / 8]."""
+    """Whole numbers below 2**bits, the first in a byte's lowest bits: uint8 [..., n] -> uint8 [..., n * bits / 8]."""
     shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=values.device)
-    return (values.unflatten(-1, (-1, 8 // bits)) << shifts).sum(-1, dtype=torch.uint8)
+    return (values.reshape(*values.shape[:-1], -1, 8 // bits) << shifts).sum(-1, dtype=torch.uint8)
 
 
 def unpack_bits(packed: Tensor, bits: int) -> Tensor:
     """The inverse of ``pack_bits``: uint8 [..., m] -> uint8 [..., m * 8 / bits]."""
     shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=packed.device)
-    return ((packed.unsqueeze(-1) >> shifts) & (2**bits - 1)).flatten(-2)
+    values: Tensor = (packed.unsqueeze(-1) >> shifts) & (2**bits - 1)
+    return values.flatten(-2)
 
 
 def scaled(weight: Tensor, bits: int, dims: tuple[int, ...]) -> tuple[Tensor, Tensor]:

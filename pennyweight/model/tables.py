@@ -7,9 +7,11 @@ sharing would do nothing and say nothing.
 
 Full int8, int4 and int2 tables are FBGEMM's row-wise format, a scale and a bias behind each row, with Guan et al.'s
 greedy range search (2019, arXiv 1911.02079) below 8 bits, looked up by the operators inside PyTorch: as fast as fp32
-rows. torchao was the alternative; on x86 it keeps an int4 in a whole byte. Where the operators are missing (a GPU, a
-later PyTorch) plain tensor code gives the same numbers, slower. A row shorter than about 4 numbers does not pay: its
-scale and bias weigh more than it saves (see ``bytes``).
+rows once there are many ids, 5 microseconds a call slower for few. So a table of at most 2**18 numbers (1 MiB, what stays
+in a core's cache) is shipped packed and executed from fp32 rows made once; a larger one stays packed in memory. torchao
+was the alternative; on x86 it keeps an int4 in a whole byte. Where the operators are missing (a GPU, a later PyTorch)
+plain tensor code gives the same numbers, slower. A row shorter than about 4 numbers does not pay: its scale and bias
+weigh more than it saves (see ``bytes``).
 
 Rows are padded to whole bytes inside (dim 10 at int2 is stored as 12), codebook rows to a multiple of ``parts``; callers
 never see the padding. The row of ``padding`` stays exactly zero in every format, also while codebooks are trained.
@@ -17,8 +19,9 @@ never see the padding. The row of ``padding`` stays exactly zero in every format
 
 from __future__ import annotations
 
+import abc
 import dataclasses
-from collections.abc import Mapping
+import math
 from typing import Any, Literal
 
 import torch
@@ -32,6 +35,8 @@ from pennyweight.model.spec import Layer
 
 BITS = {"int8": 8, "int4": 4, "int2": 2}
 _NAMES = {8: "embedding_bag_byte", 4: "embedding_bag_4bit", 2: "embedding_bag_2bit"}
+SMALL = 1 << 18
+"""Numbers up to which a table is executed from fp32 rows made once after loading."""
 _CHUNK = 1 << 16
 
 
@@ -60,7 +65,8 @@ class Table(Layer):
             raise ConfigError(f"a full table has no parts or codes, got {self.parts} and {self.codes}; layout='codebook' has")
         if self.layout == "codebook":
             if not 1 <= self.parts <= self.dim or not 2 <= self.codes <= 256:
-                raise ConfigError(f"a codebook has 1 to dim = {self.dim} parts of 2 to 256 codes, got {self.parts} of {self.codes}")
+                wanted = f"1 to {self.dim} parts (its dim) of 2 to 256 codes"
+                raise ConfigError(f"a codebook has {wanted}, got {self.parts} of {self.codes}")
             if self.data_type == "int2":
                 raise ConfigError("a codebook cannot be int2: with four levels it holds nothing; use int4 or wider")
 
@@ -119,71 +125,86 @@ class Table(Layer):
         """What table a module is; None for anything else, and for tables trained in another precision than fp32."""
         if isinstance(module, Lookup):
             return module.layer
-        if type(module) not in (nn.Embedding, nn.EmbeddingBag) or module.weight.dtype != torch.float32:
-            return None
-        rows, dim, padding = module.num_embeddings, module.embedding_dim, module.padding_idx
-        if isinstance(module, nn.Embedding):
-            return cls(rows, dim, padding=padding)
-        return cls(rows, dim, padding=padding, bag=module.mode, include_last_offset=module.include_last_offset)
+        # Not a subclass, which may look up differently.
+        if isinstance(module, nn.Embedding) and type(module) is nn.Embedding and module.weight.dtype == torch.float32:
+            return cls(module.num_embeddings, module.embedding_dim, padding=module.padding_idx)
+        if isinstance(module, nn.EmbeddingBag) and type(module) is nn.EmbeddingBag and module.weight.dtype == torch.float32:
+            rest = {"padding": module.padding_idx, "bag": module.mode, "include_last_offset": module.include_last_offset}
+            return cls(module.num_embeddings, module.embedding_dim, **rest)  # type: ignore[arg-type]
+        return None
 
 
 def rows_of(module: nn.Module) -> Tensor:
     """The fp32 rows [rows, dim] a table answers with, dequantized; ``max_norm`` is applied."""
-    weight: Tensor = module.weight.detach()  # type: ignore[union-attr,operator]
-    limit = getattr(module, "max_norm", None)
-    return weight if limit is None else torch.renorm(weight, module.norm_type, 0, limit)  # type: ignore[arg-type]
+    weight: Tensor = module.weight.detach()  # type: ignore[operator]
+    if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and module.max_norm is not None:
+        return torch.renorm(weight, module.norm_type, 0, module.max_norm)
+    return weight
 
 
 class Lookup(Packed):
-    """A table that is not plain fp32 rows; subclasses give ``rows``, the rest of ``nn.Embedding(Bag)`` is here."""
+    """A table that is not plain fp32 rows; subclasses say how ids are looked up, the rest of ``nn.Embedding(Bag)`` is here."""
 
     def __init__(self, layer: Table) -> None:
         super().__init__()
         self.layer = layer
         self.num_embeddings, self.embedding_dim, self.padding_idx = layer.rows, layer.dim, layer.padding
 
-    def rows(self, ids: Tensor) -> Tensor:
+    @abc.abstractmethod
+    def form(self) -> Any:
+        """What ``look`` executes from."""
+
+    @abc.abstractmethod
+    def look(self, ids: Tensor, form: Any) -> Tensor:
         """fp32 rows [n, dim] of ids [n]."""
-        raise NotImplementedError
+
+    def prepare(self) -> tuple[Tensor | None, Any]:
+        """Plain rows if the table is small, and the form to look up from if it is not."""
+        small = self.layer.rows * self.layer.dim <= SMALL
+        return (self.weight, None) if small else (None, self.form())
 
     def forward(self, ids: Tensor, offsets: Tensor | None = None, per_sample_weights: Tensor | None = None) -> Tensor:
         """Rows [..., dim] of ids of any shape; with ``bag``, joined rows [bags, dim] as ``nn.EmbeddingBag`` joins them."""
         if self.layer.bag is not None:
             return self.join(ids, offsets, per_sample_weights)
-        return self.rows(ids.reshape(-1)).reshape(*ids.shape, self.layer.dim)
+        plain, form = self.ready()
+        if plain is not None:
+            return F.embedding(ids, plain)
+        return self.look(ids.reshape(-1), form).reshape(*ids.shape, self.layer.dim)
 
     def join(self, ids: Tensor, offsets: Tensor | None, weights: Tensor | None) -> Tensor:
-        """Bags [bags, dim]: the rows looked up, then joined by PyTorch's own bag over their positions."""
-        flat = ids.reshape(-1)
-        rows = torch.cat([self.rows(flat), torch.zeros(1, self.layer.dim, device=flat.device)])
-        none = len(flat)  # the position of the zero row, which the bag is told to leave out
-        positions = torch.arange(none, device=flat.device)
-        if self.layer.padding is not None:
-            positions = torch.where(flat == self.layer.padding, none, positions)
+        """Bags [bags, dim]; where there are no plain rows, those of these ids are looked up and joined by their positions."""
+        rows, form = self.ready()
+        padding = self.layer.padding
+        if rows is None:
+            flat = ids.reshape(-1)
+            rows = torch.cat([self.look(flat, form), torch.zeros(1, self.layer.dim, device=flat.device)])
+            positions = torch.arange(len(flat), device=flat.device)
+            if padding is not None:
+                positions = torch.where(flat == padding, len(flat), positions)
+            ids, padding = positions.reshape(ids.shape), len(flat)
         return F.embedding_bag(
-            positions.reshape(ids.shape),
+            ids,
             rows,
-            None if offsets is None else offsets.long(),
+            None if offsets is None else offsets.to(ids.dtype),
             mode=self.layer.bag or "sum",
             per_sample_weights=weights,
             include_last_offset=self.layer.include_last_offset,
-            padding_idx=none,
+            padding_idx=padding,
         )
 
     @property
     def weight(self) -> Tensor:
         """All rows, fp32 [rows, dim]: made at each call, for code that reads a table's weight."""
-        chunks = torch.arange(self.layer.rows, device=self._device()).split(_CHUNK)
-        return torch.cat([self.rows(ids) for ids in chunks])
+        form = self.form()
+        ids = torch.arange(self.layer.rows, device=next(self.buffers()).device)
+        return torch.cat([self.look(chunk, form) for chunk in torch.split(ids, _CHUNK)])
 
     def plain(self) -> nn.Module:
         """The same table as plain fp32 rows."""
         module = dataclasses.replace(self.layer, layout="full", data_type="fp32", parts=0, codes=0).build()
-        module.weight = nn.Parameter(self.weight, requires_grad=False)
-        return module.eval()
-
-    def _device(self) -> torch.device:
-        return next(self.buffers()).device
+        module.load_state_dict({"weight": self.weight}, assign=True)
+        return module.requires_grad_(False).eval()
 
     def extra_repr(self) -> str:
         """The layer, as ``print(module)`` shows it."""
@@ -199,10 +220,10 @@ class HalfTable(Lookup):
         super().__init__(layer)
         self.register_buffer("packed", torch.zeros(layer.rows, layer.dim, dtype=torch.float16))
 
-    def prepare(self) -> None:
+    def form(self) -> None:
         """Nothing: rows are executed as stored."""
 
-    def rows(self, ids: Tensor) -> Tensor:
+    def look(self, ids: Tensor, form: None) -> Tensor:
         """fp32 rows [n, dim]."""
         return F.embedding(ids, self.packed).float()
 
@@ -217,88 +238,99 @@ class RowwiseTable(Lookup):
         self.bits = BITS[layer.data_type]
         self.register_buffer("packed", torch.zeros(layer.rows, _row_bytes(layer.dim, layer.data_type), dtype=torch.uint8))
 
-    def prepare(self) -> Any:
-        """The lookup operator, or False where there is none for this device."""
-        operator = _operator(_NAMES[self.bits] + "_rowwise_offsets") if self.packed.device.type == "cpu" else None
-        return operator or False
+    def form(self) -> Any:
+        """The lookup operator; None where there is none for this device."""
+        return _operator(_NAMES[self.bits] + "_rowwise_offsets") if self.packed.device.type == "cpu" else None
 
-    def rows(self, ids: Tensor) -> Tensor:
+    def look(self, ids: Tensor, form: Any) -> Tensor:
         """fp32 rows [n, dim]."""
-        operator = self.ready()
-        rows = operator(self.packed, ids.unsqueeze(1)) if operator else unpack_rows(F.embedding(ids, self.packed), self.bits)
-        return rows[:, : self.layer.dim]
-
-    def join(self, ids: Tensor, offsets: Tensor | None, weights: Tensor | None) -> Tensor:
-        """Bags [bags, dim]; sums in one operator, since a padding row is zero anyway."""
-        operator = self.ready()
-        if not operator or self.layer.bag != "sum":
-            return super().join(ids, offsets, weights)
-        if ids.dim() == 2:
-            offsets = torch.arange(0, ids.numel(), ids.shape[1]) if ids.shape[1] else torch.zeros(len(ids), dtype=torch.long)
-        last = self.layer.include_last_offset and ids.dim() == 1
-        flat, weights = ids.reshape(-1), None if weights is None else weights.reshape(-1)
-        bags = operator(self.packed, flat, offsets.to(flat.dtype), per_sample_weights=weights, include_last_offset=last)
-        return bags[:, : self.layer.dim]
+        rows = form(self.packed, ids.unsqueeze(1)) if form else unpack_rows(F.embedding(ids, self.packed), self.bits)
+        return rows if rows.shape[1] == self.layer.dim else rows[:, : self.layer.dim]
 
 
 class CodebookTable(Lookup):
     """``parts`` codes a row into small shared codebooks; fp32 codebooks can be trained, codes are frozen."""
 
     codes: Tensor
-    base: Tensor
+    codebooks: nn.Parameter
+    packed: Tensor
+    scale: Tensor
 
     def __init__(self, layer: Table) -> None:
         super().__init__(layer)
+        self._made = -1  # the version of the codebooks that ``ready`` was made from
         shape = (layer.parts, layer.codes, layer.width)
-        numbers = layer.parts * layer.codes * layer.width
         self.register_buffer("codes", torch.zeros(layer.rows, layer.parts, dtype=torch.uint8))
-        self.register_buffer("base", torch.arange(layer.parts, dtype=torch.int32) * layer.codes, persistent=False)
         if layer.data_type == "fp32":
             self.codebooks = nn.Parameter(torch.zeros(shape))
-        elif layer.data_type == "fp16":
-            self.register_buffer("packed", torch.zeros(shape, dtype=torch.float16))
-        else:
-            packed = torch.zeros(shape, dtype=torch.int8) if layer.data_type == "int8" else torch.zeros(-(-numbers // 2), dtype=torch.uint8)
-            self.register_buffer("packed", packed)
+            return
+        # int4 is two numbers a byte; the scales are one for each part and position.
+        stored = {"fp16": torch.zeros(shape, dtype=torch.float16), "int8": torch.zeros(shape, dtype=torch.int8)}
+        pairs = torch.zeros(-(-math.prod(shape) // 2), dtype=torch.uint8)
+        self.register_buffer("packed", stored.get(layer.data_type, pairs))
+        if layer.data_type in BITS:
             self.register_buffer("scale", torch.ones(layer.parts, 1, layer.width))
 
     def books(self) -> Tensor:
         """The codebooks, fp32 [parts, codes, width]."""
-        state: Mapping[str, Tensor] = {**dict(self.named_buffers()), **dict(self.named_parameters())}
-        if self.layer.data_type == "fp32":
-            return state["codebooks"]
-        if self.layer.data_type == "fp16":
-            return state["packed"].float()
-        shape = (self.layer.parts, self.layer.codes, self.layer.width)
-        whole = state["packed"]
-        if self.layer.data_type == "int4":
-            whole = unpack_bits(whole, 4).flatten()[: shape[0] * shape[1] * shape[2]].reshape(shape).to(torch.int8) - 8
-        return whole * state["scale"]
+        layer = self.layer
+        if layer.data_type == "fp32":
+            return self.codebooks
+        if layer.data_type == "fp16":
+            return self.packed.float()
+        if layer.data_type == "int8":
+            return self.packed * self.scale
+        pairs = unpack_bits(self.packed, 4)[: layer.parts * layer.codes * layer.width]
+        return (pairs.reshape(layer.parts, layer.codes, layer.width).to(torch.int8) - 8) * self.scale
 
-    def prepare(self) -> Tensor:
-        """All codebooks under one another, fp32 [parts * codes, width]: a few KB, whatever they are stored as."""
-        return self.books().flatten(0, 1)
+    def ready(self) -> Any:
+        """As ever for frozen codebooks; made anew for codebooks that are trained, or were since."""
+        if self.layer.data_type == "fp32" and self.codebooks.requires_grad:
+            if torch.is_grad_enabled():
+                return None, self.form()
+            if self._made != self.codebooks._version:
+                self._ready, self._made = None, self.codebooks._version
+        return super().ready()
 
-    def rows(self, ids: Tensor) -> Tensor:
-        """fp32 rows [n, dim]: the codes of each id, then one lookup of all their vectors."""
-        books = self._trained() if self.layer.data_type == "fp32" else self.ready()
-        vectors = F.embedding(self.codes.index_select(0, ids) + self.base, books)
-        return vectors.flatten(1)[:, : self.layer.dim]
-
-    def _trained(self) -> Tensor:
-        books = self.codebooks
+    def form(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Codes, each part's first row and all fp32 codebooks under one another, a few KB whatever they are stored as."""
+        books = self.books()
         if self.layer.padding is not None and books.requires_grad and torch.is_grad_enabled():
             # Code 0 is the zero vector that the padding row points to; multiplied, it gets no gradient.
             books = books * (torch.arange(self.layer.codes, device=books.device) > 0).unsqueeze(1)
-        return books.flatten(0, 1)
+        base = torch.arange(self.layer.parts, dtype=torch.int32, device=books.device) * self.layer.codes
+        return self.codes, base, books.flatten(0, 1)
+
+    def look(self, ids: Tensor, form: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+        """fp32 rows [n, dim]."""
+        return _gather(ids, *form, self.layer.dim)
 
     def plain(self) -> nn.Module:
-        """The same table with fp32 codebooks (gathers and an add, which export); plain rows where it joins bags."""
-        if self.layer.bag is not None:
+        """Plain rows for a small table or one that joins bags; else two gathers and an add, so that it stays small."""
+        if self.layer.rows * self.layer.dim <= SMALL or self.layer.bag is not None:
             return super().plain()
-        module = CodebookTable(dataclasses.replace(self.layer, data_type="fp32"))
-        module.load_state_dict({"codes": self.codes, "codebooks": self.books()}, assign=True)
-        return module.requires_grad_(False).eval()
+        codes, base, books = (part.detach() for part in self.form())
+        return Gather(codes, base, books, self.layer.dim).eval()
+
+
+class Gather(nn.Module):
+    """A codebook table in ordinary operations, for engines that export a graph."""
+
+    def __init__(self, codes: Tensor, base: Tensor, books: Tensor, dim: int) -> None:
+        super().__init__()
+        self.dim = dim
+        for name, tensor in (("codes", codes), ("base", base), ("books", books)):
+            self.register_buffer(name, tensor)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """fp32 rows [..., dim] of ids of any shape."""
+        return _gather(ids, self.get_buffer("codes"), self.get_buffer("base"), self.get_buffer("books"), self.dim)
+
+
+def _gather(ids: Tensor, codes: Tensor, base: Tensor, books: Tensor, dim: int) -> Tensor:
+    """Rows [..., dim]: one lookup of each id's codes, one of all their vectors."""
+    rows = F.embedding(F.embedding(ids, codes) + base, books).flatten(-2)
+    return rows if rows.shape[-1] == dim else rows[..., :dim]
 
 
 def pack_rows(weight: Tensor, bits: int) -> Tensor:
@@ -310,7 +342,7 @@ def pack_rows(weight: Tensor, bits: int) -> Tensor:
     weight = F.pad(weight[None], (0, short), mode="replicate")[0] if short else weight.contiguous()
     operator = _operator(_NAMES[bits] + "_prepack")
     if operator is None:
-        return torch.cat([_pack_chunk(rows, bits) for rows in weight.split(_CHUNK)])
+        return torch.cat([_pack_chunk(rows, bits) for rows in torch.split(weight, _CHUNK)])
     packed: Tensor = operator(weight) if bits == 8 else operator(weight, optimized_qparams=True)
     return packed
 
@@ -318,9 +350,9 @@ def pack_rows(weight: Tensor, bits: int) -> Tensor:
 def unpack_rows(packed: Tensor, bits: int) -> Tensor:
     """fp32 [rows, dim] from FBGEMM's row-wise format, in plain tensor code."""
     real, behind = (torch.float32, 8) if bits == 8 else (torch.float16, 4)
-    scale, bias = packed[:, -behind:].contiguous().view(real).float().split(1, dim=1)
+    affine = packed[:, -behind:].contiguous().view(real).float()
     values = packed[:, :-behind] if bits == 8 else unpack_bits(packed[:, :-behind], bits)
-    return values.float() * scale + bias
+    return torch.addcmul(affine[:, 1:], values.float(), affine[:, :1])
 
 
 def _pack_chunk(weight: Tensor, bits: int) -> Tensor:
@@ -343,26 +375,29 @@ def _levels(weight: Tensor, low: Tensor, high: Tensor, bits: int) -> tuple[Tenso
     return ((weight - low) / scale).round().clamp(0, top), scale, low
 
 
-def _search(weight: Tensor, low: Tensor, high: Tensor, bits: int, bins: int = 200, ratio: float = 0.16) -> tuple[Tensor, Tensor]:
-    """Guan et al.'s greedy range search, all rows at once: step one end inwards while it may pay, keep the best local minimum."""
+def _search(weight: Tensor, low: Tensor, high: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """Guan et al.'s greedy search of each row's range, all rows at once.
+
+    One end steps inwards by 1/200 of the range, the one that loses less, until the range is 16 % narrower; the best local
+    minimum on the way is kept.
+    """
 
     def loss(low: Tensor, high: Tensor) -> Tensor:
         values, scale, bias = _levels(weight, low, high, bits)
         return (weight - values * scale - bias).square().sum(1, keepdim=True).sqrt()
 
-    step = (high - low) / bins
-    narrowest = int(bins * (1 - ratio)) * step
-    best_low, best_high, best = low, high, loss(low, high)
-    now_low, now_high, now = low, high, best
-    while (going := now_low + narrowest < now_high).any():
+    step = (high - low) / 200
+    now_low, now_high, now = low, high, loss(low, high)
+    least = now
+    while (going := now_low + 168 * step < now_high).any():
         left, right = loss(now_low + step, now_high), loss(now_low, now_high - step)
-        better = going & (now < left) & (now < right) & (now < best)
-        best_low, best_high, best = (torch.where(better, a, b) for a, b in ((now_low, best_low), (now_high, best_high), (now, best)))
-        move = left < right
-        now_low = torch.where(going & move, now_low + step, now_low)
-        now_high = torch.where(going & ~move, now_high - step, now_high)
+        better = going & (now < left) & (now < right) & (now < least)
+        low, high = torch.where(better, now_low, low), torch.where(better, now_high, high)
+        least = torch.where(better, now, least)
+        up, down = going & (left < right), going & (left >= right)
+        now_low, now_high = torch.where(up, now_low + step, now_low), torch.where(down, now_high - step, now_high)
         now = torch.where(going, torch.minimum(left, right), now)
-    return best_low, best_high
+    return low, high
 
 
 def _operator(name: str) -> Any:
