@@ -1,0 +1,298 @@
+"""What training minimizes, as functions from a batch to a scalar.
+
+Two kinds. *Row* losses compare the model's output with the row's label. *Pair* losses (``bpr``, ``sampled-softmax``, ``gbce``)
+read only rows somebody liked and compare the vector of a user with those of the right item and of items drawn at random;
+they need a model that has ``user_vectors`` and ``item_vectors``, or, for a whole sequence a row, ``states``. All pairs of a
+batch share their random items, so that scoring them is one matrix product; drawing anew for each pair is the known
+alternative, and costs a gather as large as the product.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol, cast
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pennyweight.core.errors import ConfigError, DataError
+from pennyweight.data.dataset import Dataset
+from pennyweight.data.schema import FIRST, Schema
+from pennyweight.model.spec import Batch, call
+
+Loss = Callable[[Batch], Tensor]
+TEACHER = "teacher output"
+"""The column that holds a teacher's outputs beside the rows it was asked about."""
+
+
+class Retriever(Protocol):
+    """What a pair loss needs of a module; ``states`` only where it reads whole sequences."""
+
+    def user_vectors(self, batch: Batch) -> Tensor:
+        """[B, D] from the user and context columns."""
+
+    def item_vectors(self, batch: Batch) -> Tensor:
+        """[N, D] from the item columns."""
+
+    def states(self, batch: Batch) -> Tensor:
+        """[B, L, D]: the user after each item of the history."""
+
+
+ROWS: Mapping[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "bce": F.binary_cross_entropy_with_logits,
+    "cross-entropy": F.cross_entropy,
+    "mse": F.mse_loss,
+}
+
+
+def row_loss(module: nn.Module, name: str, label: str, inputs: Sequence[str], alpha: float, temperature: float) -> Loss:
+    """Mean loss of a batch against its labels, mixed with the teacher's outputs where the batch holds them."""
+    hard, soft = ROWS[name], functools.partial(SOFT[name], temperature)
+
+    def of(batch: Batch) -> Tensor:
+        output = call(module, batch, inputs)
+        loss = hard(output, batch[label])
+        return (1 - alpha) * loss + alpha * soft(output, batch[TEACHER]) if TEACHER in batch else loss
+
+    return of
+
+
+def _soft_bce(t: float, output: Tensor, teacher: Tensor) -> Tensor:
+    return F.binary_cross_entropy_with_logits(output / t, torch.sigmoid(teacher / t)) * t**2
+
+
+def _soft_cross_entropy(t: float, output: Tensor, teacher: Tensor) -> Tensor:
+    return F.kl_div(F.log_softmax(output / t, 1), F.log_softmax(teacher / t, 1), reduction="batchmean", log_target=True) * t**2
+
+
+def _soft_mse(t: float, output: Tensor, teacher: Tensor) -> Tensor:
+    return F.mse_loss(output, teacher)
+
+
+SOFT: Mapping[str, Callable[[float, Tensor, Tensor], Tensor]] = {
+    "bce": _soft_bce,
+    "cross-entropy": _soft_cross_entropy,
+    "mse": _soft_mse,
+}
+"""The same losses against a teacher's output at a temperature, scaled by its square (Hinton et al. 2015)."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Items:
+    """All items as batches: their feature columns indexed by id, and how often each occurs in training."""
+
+    columns: Mapping[str, Tensor]
+    counts: Tensor
+    """Occurrences by id as float64 [N]; 0 for the two reserved ids."""
+
+    @classmethod
+    def of(cls, data: Dataset, sequences: bool = False) -> Items:
+        """The items of a dataset's catalog, counted where they are right: in liked rows, and in histories if those train."""
+        features = data.catalog.item_batch(np.arange(data.schema.item.size))
+        right = [data.column(data.schema.item.name)[liked(data)]]
+        if sequences and data.schema.history is not None:
+            right.append(data.column(data.schema.history.name).ravel())
+        counts = torch.from_numpy(np.bincount(np.concatenate(right), minlength=data.schema.item.size)).double()
+        counts[:FIRST] = 0
+        if not counts.sum():
+            raise DataError(f"no row of {len(data)} has a known item that was liked; there is nothing to learn to retrieve")
+        return cls(features, counts)
+
+    def of_ids(self, ids: Tensor) -> Batch:
+        """The item columns of these ids."""
+        return {name: column[ids] for name, column in self.columns.items()}
+
+    def __len__(self) -> int:
+        return len(self.counts)
+
+
+def liked(data: Dataset) -> np.ndarray[Any, np.dtype[np.bool_]]:
+    """Which rows are positive: label > 0, or all where the schema has no label."""
+    labels = data.schema.role("label")
+    return data.column(labels[0].name) > 0 if labels else np.ones(len(data), bool)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Pairs:
+    """Vectors [T, D] of users (or of moments in their sequences), the item [T] that was right, and the user's id [T]."""
+
+    vectors: Tensor
+    items: Tensor
+    users: Tensor | None
+
+
+def pairs_of(module: Retriever, schema: Schema) -> Callable[[Batch], Pairs]:
+    """How a batch becomes pairs: one a row (all of them liked), or one a position where the module reads whole sequences."""
+    user = next((c.name for c in schema.role("user") if c.kind == "categorical"), None)
+    label = next((c.name for c in schema.role("label")), None)
+    item, history = schema.item.name, schema.history
+
+    def rows(batch: Batch) -> Pairs:
+        return Pairs(module.user_vectors(batch), batch[item], batch[user] if user else None)
+
+    def positions(batch: Batch) -> Pairs:
+        assert history is not None
+        past, last = batch[history.name], batch[item]
+        last = last if label is None else torch.where(batch[label] > 0, last, 0)
+        target = torch.cat([past[:, 1:], last.unsqueeze(1)], 1)
+        keep = (past > 0) & (target >= FIRST)
+        users = batch[user].unsqueeze(1).expand_as(past)[keep] if user else None
+        return Pairs(module.states(batch)[keep], target[keep], users)
+
+    return positions if hasattr(module, "states") and history is not None else rows
+
+
+def pair_loss(module: nn.Module, name: str, data: Dataset, negatives: int, popularity: float, calibration: float) -> Loss:
+    """Mean loss of a batch's pairs against items drawn from the catalog.
+
+    Args:
+        module: has ``user_vectors`` (or ``states``) and ``item_vectors``.
+        name: ``bpr``, ``sampled-softmax`` or ``gbce``.
+        data: the training rows: which items there are, how often, and who liked what.
+        negatives: items drawn a batch; 0 takes the batch's own items, as many as the catalog or more takes all of it.
+        popularity: items are drawn in proportion to occurrences to this power; 0 is uniform.
+        calibration: ``t`` of gBCE.
+    """
+    if not hasattr(module, "item_vectors"):
+        kind = type(module).__name__
+        raise ConfigError(f"loss {name!r} needs a model with user_vectors and item_vectors, and {kind} has none; use 'bce'")
+    items = Items.of(data, hasattr(module, "states"))
+    retriever = cast(Retriever, module)
+    pairs = pairs_of(retriever, data.schema)
+    draw = Draw(items.counts, negatives, popularity)
+    if name == "bpr":
+        return _bpr(retriever, pairs, items, Draw(items.counts, 1, popularity), Liked.of(data))
+    if name == "gbce":
+        return _gbce(retriever, pairs, items, draw, calibration)
+    return _softmax(retriever, pairs, items, draw)
+
+
+class Draw:
+    """Draws item ids, with replacement, and knows how often each is expected in a draw."""
+
+    def __init__(self, counts: Tensor, size: int, popularity: float) -> None:
+        weight = (counts + 1e-12) ** popularity if popularity else torch.ones_like(counts)
+        weight[:FIRST] = 0
+        self.every = size >= len(counts) - FIRST
+        self.size = 0 if self.every else size
+        self._upto = (weight / weight.sum()).cumsum(0)
+        self.chance = (weight / weight.sum()).float()
+        """The chance of each id in one draw, [N]."""
+        self.natural = (counts / counts.sum()).float()
+        """The share of each id among the right items, [N]: its chance to be in a batch."""
+
+    def __call__(self, n: int) -> Tensor:
+        """``n`` ids."""
+        return torch.searchsorted(self._upto, torch.rand(n, dtype=torch.float64), right=True).clamp_(max=len(self._upto) - 1)
+
+
+class Liked:
+    """Who liked what in training, as sorted keys."""
+
+    def __init__(self, keys: Tensor, width: int) -> None:
+        self.keys, self.width = keys, width
+
+    @classmethod
+    def of(cls, data: Dataset) -> Liked | None:
+        """The liked pairs of a dataset, or None where its schema has no user."""
+        if not any(c.kind == "categorical" for c in data.schema.role("user")):
+            return None
+        rows, width = liked(data), data.schema.item.size
+        keys = data.column(data.schema.user.name)[rows].astype(np.int64) * width + data.column(data.schema.item.name)[rows]
+        return cls(torch.from_numpy(np.unique(keys)), width)
+
+    def __call__(self, users: Tensor, items: Tensor) -> Tensor:
+        """Whether each user liked each item, bool [T]."""
+        keys = users * self.width + items
+        return self.keys[torch.searchsorted(self.keys, keys).clamp_(max=len(self.keys) - 1)] == keys
+
+
+def _bpr(module: Retriever, pairs: Callable[[Batch], Pairs], items: Items, draw: Draw, liked: Liked | None) -> Loss:
+    """Bayesian personalized ranking (Rendle et al. 2009): the right item above one drawn for each pair."""
+
+    def of(batch: Batch) -> Tensor:
+        found = pairs(batch)
+        wrong = _unliked(found, draw, liked)
+        better, worse = _vectors(module, items, torch.cat([found.items, wrong])).chunk(2)
+        return F.softplus(-(found.vectors * (better - worse)).sum(1)).mean()
+
+    return of
+
+
+def _unliked(pairs: Pairs, draw: Draw, liked: Liked | None, tries: int = 3) -> Tensor:
+    """An item for each pair; one the user likes is drawn again, a few times (who likes most of a catalog keeps some)."""
+    wrong = draw(len(pairs.items))
+    if liked is None or pairs.users is None:
+        return wrong
+    for _ in range(tries):
+        again = liked(pairs.users, wrong).nonzero().squeeze(1)
+        if not len(again):
+            break
+        wrong[again] = draw(len(again))
+    return wrong
+
+
+def _softmax(module: Retriever, pairs: Callable[[Batch], Pairs], items: Items, draw: Draw) -> Loss:
+    """Cross-entropy of the right item among all items, the sum over the others estimated from those drawn.
+
+    Each drawn item's exponential is divided by how often it is expected in the draw, so that the estimate is unbiased (Bengio
+    & Senécal 2008; with the batch's own items, Yi et al. 2019); the right item is itself and is not divided.
+    """
+
+    def every(batch: Batch) -> Tensor:
+        found = pairs(batch)
+        vectors = _vectors(module, items, torch.arange(FIRST, len(items)))
+        return F.cross_entropy(found.vectors @ vectors.T, found.items - FIRST)
+
+    def drawn(batch: Batch) -> Tensor:
+        found = pairs(batch)
+        ids = draw(draw.size)
+        right = (found.vectors * _vectors(module, items, found.items)).sum(1, keepdim=True)
+        wrong = found.vectors @ _vectors(module, items, ids).T - (draw.size * draw.chance[ids]).log()
+        return _first(right, wrong.masked_fill(found.items.unsqueeze(1) == ids, -math.inf))
+
+    def within(batch: Batch) -> Tensor:
+        found = pairs(batch)
+        ids = found.items
+        scores = found.vectors @ _vectors(module, items, ids).T
+        expected = (len(ids) * draw.natural[ids]).log()
+        wrong = (scores - expected).masked_fill(ids.unsqueeze(1) == ids, -math.inf)
+        return _first(scores.diagonal().unsqueeze(1), wrong)
+
+    return every if draw.every else drawn if draw.size else within
+
+
+def _first(right: Tensor, wrong: Tensor) -> Tensor:
+    """Cross-entropy of the first of the scores [T, 1 + K]."""
+    scores = torch.cat([right, wrong], 1)
+    return F.cross_entropy(scores, scores.new_zeros(len(scores), dtype=torch.long))
+
+
+def _gbce(module: Retriever, pairs: Callable[[Batch], Pairs], items: Items, draw: Draw, calibration: float) -> Loss:
+    """Generalized binary cross-entropy (Petrov & Macdonald 2023, gSASRec): weighs the right item down for having few rivals.
+
+    A calibration of 0 is SASRec's plain binary cross-entropy, 1 undoes the overconfidence that sampling brings.
+    """
+    if draw.every or not draw.size:
+        raise ConfigError(f"loss 'gbce' needs 1 to {len(items) - FIRST - 1} negatives; use 'sampled-softmax' for none or all")
+    alpha = draw.size / (len(items) - FIRST - 1)
+    beta = alpha * ((1 - 1 / alpha) * calibration + 1 / alpha)
+
+    def of(batch: Batch) -> Tensor:
+        found = pairs(batch)
+        ids = draw(draw.size)
+        right = (found.vectors * _vectors(module, items, found.items)).sum(1)
+        wrong = found.vectors @ _vectors(module, items, ids).T
+        wrong = F.softplus(wrong).masked_fill(found.items.unsqueeze(1) == ids, 0.0)
+        return (beta * F.softplus(-right) + wrong.sum(1)).mean() / (1 + draw.size)
+
+    return of
+
+
+def _vectors(module: Retriever, items: Items, ids: Tensor) -> Tensor:
+    return module.item_vectors(items.of_ids(ids))

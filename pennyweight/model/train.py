@@ -1,0 +1,554 @@
+"""One training loop for every model and loss here: fit, early stop, checkpoint, exact resume.
+
+A *recipe* is how a model is trained, as a value: it is stored with results, and a transform that recovers quality after
+compression carries the user's own. Lightning and the like bring callbacks and a trainer that owns the program; what this
+needs is a loop of a page whose every random number is accounted for, so that a run stopped anywhere and resumed ends with
+the same bits as one that was not.
+
+The weights as given are judged first, as epoch 0: fine-tuning that only harms gives back what it was given, and a
+deadline or Ctrl-C at any moment leaves the best so far in the module. The cost is one pass over the validation rows.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from types import FrameType
+from typing import Any, Literal, cast
+
+import numpy as np
+import safetensors
+import safetensors.torch
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from pennyweight.core.config import dumps, encode, loads, write
+from pennyweight.core.errors import ConfigError, DataError
+from pennyweight.data.dataset import Dataset
+from pennyweight.data.schema import FIRST, Column, Schema
+from pennyweight.model import losses, metrics
+from pennyweight.model.metrics import METRICS, Lists, Ranked
+from pennyweight.model.spec import Batch, call
+from pennyweight.model.tables import Table
+
+TICK_S = 0.5
+"""Seconds between two reports of progress."""
+SAVE_S = 60.0
+"""Seconds between two checkpoints inside an epoch."""
+TEACHER_BYTES = 1 << 30
+"""A teacher's outputs are kept for all rows up to this many bytes, and computed anew each batch above."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """How a model is trained."""
+
+    loss: Literal["bce", "cross-entropy", "mse", "bpr", "sampled-softmax", "gbce"] = "bce"
+    optimizer: Literal["adam", "adamw", "adagrad", "sgd"] = "adam"
+    lr: float = 1e-3
+    weight_decay: float = 0.0
+    """On everything but tables: (weight_decay / 2) * squares added to the loss (AdamW: decoupled)."""
+    embedding_l2: float = 0.0
+    """The same on tables, all rows at every step: FuxiCTR's ``embedding_regularizer``."""
+    batch: int = 4096
+    epochs: int = 100
+    """At most."""
+    patience: int = 2
+    """Epochs without a better validation metric before training stops; at each the learning rate is decayed."""
+    metric: str = "auc"
+    """What validation looks at: a name of ``metrics.METRICS``, or ``ndcg@10``, ``recall@20``, ``hit_rate@10``."""
+    lr_decay: float = 0.1
+    """Factor on the learning rate after an epoch that was no better; 1 keeps it."""
+    clip: float = 0.0
+    """Largest norm of all gradients together; 0 is no limit."""
+    negatives: int = 256
+    """Random items a batch for ``sampled-softmax`` and ``gbce``; 0 uses the batch's own, the catalog's size all of it."""
+    popularity: float = 0.0
+    """Random items are drawn in proportion to their occurrences to this power; 0 is uniform."""
+    calibration: float = 0.75
+    """``t`` of ``gbce``: 0 is plain binary cross-entropy."""
+    distill_alpha: float = 0.5
+    """Weight of the teacher's outputs against the labels, when a teacher is given."""
+    temperature: float = 1.0
+    """Softens the teacher's and the student's probabilities."""
+
+    def __post_init__(self) -> None:
+        for name, low in (("lr", 0.0), ("batch", 1), ("epochs", 1), ("patience", 1), ("lr_decay", 0.0), ("temperature", 0.0)):
+            value = getattr(self, name)
+            if value < low or value == 0:
+                raise ConfigError(f"recipe {name} is {value}; it must be {'above 0' if low == 0 else 'at least 1'}")
+        for name in ("weight_decay", "embedding_l2", "clip", "negatives"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"recipe {name} is {getattr(self, name)}; it must not be negative")
+        if not 0 <= self.distill_alpha <= 1:
+            raise ConfigError(f"recipe distill_alpha is {self.distill_alpha}; it must be between 0 and 1")
+        metrics.ranking(self.metric)
+
+
+@dataclasses.dataclass(frozen=True)
+class EpochLog:
+    """One epoch: mean training loss, validation metric, seconds both took."""
+
+    epoch: int
+    loss: float
+    metric: float
+    seconds: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Fit:
+    """What came of a training; the module holds the weights of ``best_epoch``."""
+
+    history: tuple[EpochLog, ...]
+    best_epoch: int
+    """0: no epoch was better than the weights as given."""
+    metric: float
+    """The validation metric of the best epoch."""
+    seconds: float
+    stopped: Literal["patience", "epochs", "deadline", "interrupted"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Progress:
+    """Where training is, every half second."""
+
+    epoch: int
+    epochs: int
+    step: int
+    steps: int
+    loss: float
+    """Mean of the epoch so far."""
+    metric: float
+    """Best validation metric so far."""
+    rows_per_s: float
+    eta_s: float
+    """Seconds left if no early stop comes."""
+
+
+def fit(
+    module: nn.Module,
+    train: Dataset,
+    valid: Dataset,
+    recipe: Recipe,
+    *,
+    inputs: Sequence[str] = (),
+    seed: int = 0,
+    teacher: nn.Module | None = None,
+    checkpoint: Path | None = None,
+    progress: Callable[[Progress], None] | None = None,
+    deadline_s: float | None = None,
+) -> Fit:
+    """Train a module in place; it ends in evaluation mode with the weights of its best epoch.
+
+    Args:
+        module: any module with trainable parameters; pair losses need ``user_vectors`` and ``item_vectors``.
+        train: rows to learn from, shuffled anew each epoch.
+        valid: rows that decide when to stop and which epoch is best.
+        recipe: how.
+        inputs: columns handed to ``forward`` one by one; empty for the whole batch.
+        seed: of shuffling, dropout and sampling; the caller's random state is left alone.
+        teacher: a module of the same outputs to learn from too (row losses only).
+        checkpoint: a file to keep the exact state in. If it exists, training goes on from it.
+        progress: called about twice a second.
+        deadline_s: seconds after which training stops, validation included.
+
+    Ctrl-C stops after the current step, with the best weights and the checkpoint written; a second one at once.
+
+    Raises:
+        ConfigError: the recipe does not fit the model or the data, or the checkpoint is of another training.
+        DataError: the loss is no longer a number.
+    """
+    began = time.monotonic()
+    rows = _rows(module, train, recipe)
+    taught, batchwise = _taught(rows, teacher, recipe, inputs)
+    loss = _loss(module, rows, recipe, inputs, batchwise)
+    judge = _judge(rows, valid, recipe.metric, inputs)
+    identity = "" if checkpoint is None else dumps([encode(recipe), seed, train.fingerprint, _shapes(module)])
+    with torch.random.fork_rng(devices=[]), _interrupts() as interrupted:
+        torch.manual_seed(seed)
+        run = _Run(module, taught, recipe, seed, loss, judge, checkpoint, identity, progress, began, deadline_s, interrupted)
+        return run.go()
+
+
+def scores(module: nn.Module, dataset: Dataset, *, inputs: Sequence[str] = (), batch: int = 8192) -> NDArray[np.float32]:
+    """The module's outputs for all rows in order, float32 [n] or [n, classes]; ``batch`` rows at a time."""
+    with _evaluating(module):
+        parts = [call(module, rows, inputs).float().numpy() for rows in dataset.batches(batch)]
+    return np.concatenate(parts)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Queries:
+    """What a retrieval model is asked in a full ranking: one row a user, the items to find, the items to leave out."""
+
+    rows: Dataset
+    truth: Lists
+    seen: Lists
+
+    @classmethod
+    def of(cls, test: Dataset, seen: Sequence[Dataset] = ()) -> Queries:
+        """One query for each user with a liked row in ``test``, asked as of the first one.
+
+        What the user has in ``seen``, liked or not, and in the row's own history is left out.
+        """
+        right = np.flatnonzero(losses.liked(test))
+        item = test.schema.item.name
+        users = _users(test)
+        known, first, query = np.unique(users[right], return_index=True, return_inverse=True)
+        truth = Lists.group(query, test.column(item)[right], len(known))
+        rows = test.take(right[first])
+        pairs = [_known_pairs(known, _users(d), d.column(item)) for d in seen]
+        history = test.schema.history
+        if history is not None:
+            past = rows.column(history.name)
+            pairs.append((np.repeat(np.arange(len(known)), past.shape[1]), past.ravel()))
+        who, what = (np.concatenate([p[i] for p in pairs] or [np.zeros(0, np.int64)]) for i in (0, 1))
+        return cls(rows, truth, Lists.group(who, what, len(known)))
+
+    def rank(self, module: nn.Module, k: int = 10) -> Ranked:
+        """Recall, NDCG and hit rate at ``k`` of the whole catalogue ranked for each query.
+
+        Raises:
+            ConfigError: the module is no retrieval model.
+        """
+        if not hasattr(module, "item_vectors"):
+            raise ConfigError(f"{type(module).__name__} cannot rank a catalogue: it has no user_vectors and item_vectors")
+        retriever = cast(losses.Retriever, module)
+        catalog = self.rows.catalog
+        with _evaluating(module):
+            items = retriever.item_vectors(catalog.item_batch(np.arange(catalog.schema.item.size)))
+            users = torch.cat([retriever.user_vectors(b) for b in self.rows.batches(512)])
+
+            def score(start: int, stop: int) -> Tensor:
+                scored = users[start:stop] @ items.T
+                scored[:, :FIRST] = -math.inf
+                return scored
+
+            return metrics.full_ranking(score, self.truth, self.seen, k)
+
+
+def _users(data: Dataset) -> NDArray[np.int64]:
+    """The user of each row; without a user column each row is somebody else."""
+    named = [c for c in data.schema.role("user") if c.kind == "categorical"]
+    return data.column(named[0].name).astype(np.int64) if named else np.arange(len(data))
+
+
+def _known_pairs(known: Any, users: Any, items: Any) -> tuple[Any, Any]:
+    place = np.searchsorted(known, users).clip(max=len(known) - 1)
+    found = known[place] == users
+    return place[found], items[found].astype(np.int64)
+
+
+def _rows(module: nn.Module, train: Dataset, recipe: Recipe) -> Dataset:
+    """The rows a loss learns from: liked ones for pair losses, unless whole sequences are read."""
+    if len(train) < 2:
+        raise DataError(f"training needs at least 2 rows, got {len(train)}")
+    if recipe.loss in losses.ROWS or hasattr(module, "states"):
+        return train
+    return train.take(np.flatnonzero(losses.liked(train)))
+
+
+def _taught(
+    train: Dataset, teacher: nn.Module | None, recipe: Recipe, inputs: Sequence[str]
+) -> tuple[Dataset, nn.Module | None]:
+    """The rows with the teacher's output beside them, or the teacher itself where that would not fit."""
+    if teacher is None:
+        return train, None
+    if recipe.loss not in losses.ROWS:
+        raise ConfigError(f"a teacher can be followed with the losses {', '.join(losses.ROWS)}, not with {recipe.loss!r}")
+    classes = train.schema.label.size if recipe.loss == "cross-entropy" else 0
+    if 4 * len(train) * max(1, classes) > TEACHER_BYTES:
+        return train, teacher
+    said = scores(teacher, train, inputs=inputs)
+    stored = len(next(iter(train.columns.values())))
+    column = np.zeros((stored, *said.shape[1:]), np.float32)
+    column[np.asarray(train.rows)] = said
+    schema = Schema((*train.schema.columns, Column(losses.TEACHER, "context", "numeric", length=classes)))
+    columns = {**train.columns, losses.TEACHER: column}
+    return dataclasses.replace(train, catalog=train.catalog.replace(schema=schema), columns=columns, digest=""), None
+
+
+def _loss(module: nn.Module, train: Dataset, recipe: Recipe, inputs: Sequence[str], teacher: nn.Module | None) -> losses.Loss:
+    if recipe.loss not in losses.ROWS:
+        return losses.pair_loss(module, recipe.loss, train, recipe.negatives, recipe.popularity, recipe.calibration)
+    label = train.schema.label.name
+    loss = losses.row_loss(module, recipe.loss, label, inputs, recipe.distill_alpha, recipe.temperature)
+    if teacher is None:
+        return loss
+
+    def asking(batch: Batch) -> Tensor:
+        with torch.no_grad():
+            said = call(teacher.eval(), batch, inputs)
+        return loss({**batch, losses.TEACHER: said})
+
+    return asking
+
+
+def _judge(train: Dataset, valid: Dataset, metric: str, inputs: Sequence[str]) -> Callable[[nn.Module], float]:
+    asked = metrics.ranking(metric)
+    if asked is None:
+        labels = valid.column(valid.schema.label.name)
+        return lambda module: METRICS[metric].of(labels, scores(module, valid, inputs=inputs))
+    field, k = asked
+    queries = Queries.of(valid, [train])
+    return lambda module: float(getattr(queries.rank(module, k), field))
+
+
+def optimizer(module: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
+    """The recipe's optimizer over the parameters that want a gradient: tables and the rest, each with its own decay."""
+    tables = {id(p) for m in module.modules() if Table.of(m) is not None for p in m.parameters()}
+    wanted = [p for p in module.parameters() if p.requires_grad]
+    if not wanted:
+        raise ConfigError(f"{type(module).__name__} has no parameter that can be trained; build it with copy=True")
+    groups = [
+        {"params": [p for p in wanted if id(p) in tables], "weight_decay": recipe.embedding_l2},
+        {"params": [p for p in wanted if id(p) not in tables], "weight_decay": recipe.weight_decay},
+    ]
+    groups = [g for g in groups if g["params"]]
+    if recipe.optimizer == "sgd":
+        return torch.optim.SGD(groups, recipe.lr, momentum=0.9, fused=True)
+    kind: Any = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW, "adagrad": torch.optim.Adagrad}[recipe.optimizer]
+    made: torch.optim.Optimizer = kind(groups, recipe.lr, fused=True)
+    return made
+
+
+@dataclasses.dataclass(frozen=True)
+class _State:
+    """Where a training is, apart from its tensors."""
+
+    epoch: int = 0
+    """Finished epochs."""
+    step: int = 0
+    """Steps done in the next one."""
+    best: float | None = None
+    best_epoch: int = 0
+    waited: int = 0
+    """Epochs since the best."""
+    lr: float = 0.0
+    history: tuple[EpochLog, ...] = ()
+    seconds: float = 0.0
+    """Seconds in the epoch so far."""
+    stopped: Literal["", "patience", "epochs"] = ""
+
+
+class _Run:
+    """One training: the module, its optimizer, and what must be kept to go on exactly."""
+
+    def __init__(
+        self,
+        module: nn.Module,
+        train: Dataset,
+        recipe: Recipe,
+        seed: int,
+        loss: losses.Loss,
+        judge: Callable[[nn.Module], float],
+        checkpoint: Path | None,
+        identity: str,
+        progress: Callable[[Progress], None] | None,
+        began: float,
+        deadline_s: float | None,
+        interrupted: threading.Event,
+    ) -> None:
+        self.module, self.train, self.recipe, self.seed = module, train, recipe, seed
+        self.loss, self.judge, self.progress = loss, judge, progress
+        self.checkpoint, self.identity = checkpoint, identity
+        self.began, self.interrupted = began, interrupted
+        self.deadline = math.inf if deadline_s is None else began + deadline_s
+        self.optimizer = optimizer(module, recipe)
+        # Batch norm cannot train on a single row: one left over at the end of an epoch waits for the next shuffle.
+        self.drop_last = len(train) % recipe.batch == 1 and len(train) > recipe.batch
+        self.steps = -(-len(train) // recipe.batch) - self.drop_last
+        self.state = _State(lr=recipe.lr)
+        self.total = torch.zeros((), dtype=torch.float64)
+        self.best: dict[str, Tensor] = {}
+        self.judged_s = 0.0
+        self.ticked = self.saved = time.monotonic()
+
+    def go(self) -> Fit:
+        stopped: Literal["patience", "epochs", "deadline", "interrupted"]
+        if not self._restore():
+            self._consider(0)
+        try:
+            while not self.state.stopped and (self._epoch() or self._cut_short()):
+                self._close()
+            stopped = self.state.stopped or ("interrupted" if self.interrupted.is_set() else "deadline")
+        finally:
+            if self.best:
+                self.module.load_state_dict(self.best)
+            self.module.eval()
+        assert self.state.best is not None
+        return Fit(self.state.history, self.state.best_epoch, self.state.best, time.monotonic() - self.began, stopped)
+
+    def _epoch(self) -> bool:
+        """Train to the end of the epoch; False if there is no time for all of it."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.state.lr
+        self.module.train()
+        done, first, began = self.state.step, self.state.step, time.monotonic()
+        earlier = self.state.seconds
+        seed = self.seed * 1_000_003 + self.state.epoch
+        for batch in self.train.batches(self.recipe.batch, shuffle=True, seed=seed, start=done, drop_last=self.drop_last):
+            self._step(batch)
+            done += 1
+            now = time.monotonic()
+            if now - self.ticked > TICK_S or done == self.steps:
+                self._tick(done, (done - first) / (now - began), now)
+            over = self.interrupted.is_set() or now + self.judged_s > self.deadline
+            if over or now - self.saved > SAVE_S:
+                self.state = dataclasses.replace(self.state, step=done, seconds=earlier + now - began)
+                self._save()
+            if over:
+                return False
+        self.state = dataclasses.replace(self.state, step=done, seconds=earlier + time.monotonic() - began)
+        return True
+
+    def _step(self, batch: Batch) -> None:
+        self.optimizer.zero_grad(set_to_none=True)
+        loss = self.loss(batch)
+        loss.backward()  # type: ignore[no-untyped-call]
+        if self.recipe.clip:
+            nn.utils.clip_grad_norm_(self.module.parameters(), self.recipe.clip)
+        self.optimizer.step()
+        self.total += loss.detach()
+
+    def _tick(self, done: int, pace: float, now: float) -> None:
+        self.ticked = now
+        loss = self.total.item() / done
+        if not math.isfinite(loss):
+            raise DataError(
+                f"the loss became {loss} in epoch {self.state.epoch + 1} by step {done} of {self.steps}; "
+                f"lower the learning rate (now {self.state.lr:g}) or set recipe.clip, and look for extreme numbers in the data"
+            )
+        if self.progress is not None:
+            left = (self.recipe.epochs - self.state.epoch) * self.steps - done
+            best = self.state.best or 0.0
+            rows = pace * self.recipe.batch
+            eta = min(left / pace, self.deadline - now)
+            self.progress(Progress(self.state.epoch + 1, self.recipe.epochs, done, self.steps, loss, best, rows, eta))
+
+    def _consider(self, epoch: int) -> bool:
+        """Judge the weights as they are, keep them if they are the best; True if so."""
+        began = time.monotonic()
+        metric = self.judge(self.module)
+        self.judged_s = time.monotonic() - began
+        best = self.state.best
+        sign = 1 if metrics.higher(self.recipe.metric) else -1
+        better = best is None or sign * metric > sign * best
+        if better:
+            self.best = {k: v.detach().clone() for k, v in self.module.state_dict().items()}
+            self.state = dataclasses.replace(self.state, best=metric, best_epoch=epoch)
+        if epoch:
+            log = EpochLog(epoch, self.total.item() / self.state.step, metric, self.state.seconds + self.judged_s)
+            self.state = dataclasses.replace(self.state, history=(*self.state.history, log))
+        return better
+
+    def _close(self) -> None:
+        """End an epoch: judge it, decay the learning rate, decide whether to go on."""
+        better = self._consider(self.state.epoch + 1)
+        state, recipe = self.state, self.recipe
+        waited = 0 if better else state.waited + 1
+        stopped: Literal["", "patience", "epochs"] = ""
+        if waited >= recipe.patience:
+            stopped = "patience"
+        elif state.epoch + 1 >= recipe.epochs:
+            stopped = "epochs"
+        lr = state.lr if better else state.lr * recipe.lr_decay
+        epoch = state.epoch + 1
+        self.state = dataclasses.replace(state, epoch=epoch, step=0, waited=waited, lr=lr, seconds=0.0, stopped=stopped)
+        self.total.zero_()
+        self._save()
+
+    def _cut_short(self) -> bool:
+        """Judge the part of an epoch that was trained, so that it is not lost; the checkpoint was written before."""
+        if math.isfinite(self.total.item()):
+            self._consider(self.state.epoch + 1)
+        return False
+
+    def _save(self) -> None:
+        self.saved = time.monotonic()
+        if self.checkpoint is None:
+            return
+        tensors = {f"module.{k}": v for k, v in self.module.state_dict().items()}
+        tensors |= {f"best.{k}": v for k, v in self.best.items()}
+        for i, values in self.optimizer.state_dict()["state"].items():
+            tensors |= {f"optimizer.{i}.{k}": v for k, v in values.items() if isinstance(v, Tensor)}
+        tensors |= {"total": self.total, "random": torch.get_rng_state()}
+        held = {k: v.detach().contiguous().clone() for k, v in tensors.items()}
+        write(self.checkpoint, safetensors.torch.save(held, {"state": dumps(self.state), "identity": self.identity}))
+
+    def _restore(self) -> bool:
+        """Go on from the checkpoint, if there is one."""
+        if self.checkpoint is None or not self.checkpoint.exists():
+            return False
+        try:
+            with safetensors.safe_open(str(self.checkpoint), "pt") as file:
+                notes = file.metadata() or {}
+                tensors = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118  (not a mapping)
+        except (OSError, safetensors.SafetensorError) as error:
+            raise ConfigError(f"checkpoint {self.checkpoint} cannot be read ({error}); remove it to start anew") from error
+        if notes.get("identity") != self.identity:
+            raise ConfigError(
+                f"checkpoint {self.checkpoint} is of another training (recipe, seed, data or model differ); "
+                "remove it or name another"
+            )
+        self.state = loads(_State, notes["state"], f"{self.checkpoint}: state")
+        self.module.load_state_dict(_under("module.", tensors))
+        self.best = _under("best.", tensors)
+        self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": _by_parameter(_under("optimizer.", tensors))})
+        self.total = tensors["total"]
+        torch.set_rng_state(tensors["random"])
+        return True
+
+
+def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+
+
+def _by_parameter(flat: Mapping[str, Tensor]) -> dict[int, dict[str, Tensor]]:
+    state: dict[int, dict[str, Tensor]] = {}
+    for name, value in flat.items():
+        number, _, key = name.partition(".")
+        state.setdefault(int(number), {})[key] = value
+    return state
+
+
+def _shapes(module: nn.Module) -> list[str]:
+    return [f"{k} {v.dtype} {tuple(v.shape)}" for k, v in module.state_dict().items()]
+
+
+@contextlib.contextmanager
+def _evaluating(module: nn.Module) -> Iterator[None]:
+    was = module.training
+    module.eval()
+    try:
+        with torch.inference_mode():
+            yield
+    finally:
+        module.train(was)
+
+
+@contextlib.contextmanager
+def _interrupts() -> Iterator[threading.Event]:
+    """An event that the first Ctrl-C sets; a second one raises as ever. Outside the main thread nothing is caught."""
+    event = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield event
+        return
+    before = signal.getsignal(signal.SIGINT)
+
+    def once(number: int, frame: FrameType | None) -> None:
+        event.set()
+        signal.signal(signal.SIGINT, before)
+
+    signal.signal(signal.SIGINT, once)
+    try:
+        yield event
+    finally:
+        signal.signal(signal.SIGINT, before)
