@@ -13,7 +13,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -44,37 +44,48 @@ class Vocabulary:
     """Ids of a hashed vocabulary, the two reserved ones included; 0 for a learned one."""
 
     @classmethod
-    def of(cls, values: Iterable[Any]) -> Vocabulary:
-        """A learned vocabulary of these distinct values, whole numbers or texts, in this order."""
-        array = values if isinstance(values, pa.Array) else pa.array(values)
-        array = array.cast(pa.int64() if pa.types.is_integer(array.type) else pa.string())
-        if array.null_count or pc.count_distinct(array).as_py() != len(array):
+    def of(cls, values: Any) -> Vocabulary:
+        """A learned vocabulary of these distinct values (a list, array or Series), in this order.
+
+        Texts that all are whole numbers as Python writes them are kept as numbers, so a CSV and a Parquet file agree.
+        """
+        series = _series(values)
+        numbers = series.cast(pl.Int64, strict=False)
+        if series.dtype == pl.String and (numbers.cast(pl.String) == series).fill_null(False).all():
+            series = numbers
+        if series.null_count() or series.n_unique() != len(series):
             raise DataError("a vocabulary needs distinct values, none missing; drop the duplicates first")
-        return cls(array)
+        return cls(_array(series.cast(pl.Int64) if series.dtype.is_integer() else series))
+
+    @classmethod
+    def learn(cls, counts: pl.DataFrame) -> Vocabulary:
+        """The values of a frame with ``value`` and ``n``, the most frequent first, equally frequent ones by value."""
+        return cls.of(counts.sort("n", "value", descending=[True, False])["value"])
 
     @classmethod
     def hashed(cls, size: int) -> Vocabulary:
         """A vocabulary that sends any value to one of ``size - 2`` ids by its xxh3 hash."""
         if size <= FIRST:
             raise ConfigError(f"a hashed vocabulary of {size} ids has no room for values; give at least {FIRST + 1}")
-        return cls(pa.array([], pa.string()), size)
+        return cls(pa.array([], pa.large_string()), size)
 
     @property
     def size(self) -> int:
         """Ids there are, padding and out-of-vocabulary included: the rows of an embedding table."""
         return self.buckets or FIRST + len(self.values)
 
+    def head(self, n: int) -> Vocabulary:
+        """The first ``n`` values."""
+        return Vocabulary(self.values[:n], self.buckets)
+
     def encode(self, values: Any) -> Ids:
         """Ids int64 [n] of values (a list, array or Series); unknown and missing values get 1 (out of vocabulary)."""
-        array = pl.Series(values, strict=False).to_arrow() if not isinstance(values, pa.Array) else values
+        series = _series(values)
         if self.buckets:
-            return self._hash(array)
-        try:
-            wanted = array.cast(self.values.type)
-        except pa.ArrowInvalid:  # texts among whole numbers: those that are no number are unknown
-            return np.fromiter((self.id(v) for v in array.to_pylist()), np.int64, len(array))
-        found = pc.index_in(wanted, value_set=self.values, skip_nulls=True)
-        return np.asarray(pc.fill_null(pc.add(pc.cast(found, pa.int64()), FIRST), OOV), np.int64)
+            return self._hash(series)
+        kin = pl.Int64 if pa.types.is_integer(self.values.type) else pl.String
+        found = pc.index_in(_array(series.cast(kin, strict=False)), value_set=self.values, skip_nulls=True)
+        return np.asarray(found.cast(pa.int64()).fill_null(OOV - FIRST), np.int64) + FIRST
 
     def id(self, value: Value | None) -> int:
         """The id of one value by a dictionary: what serving asks for; 1 when unknown or None."""
@@ -107,17 +118,28 @@ class Vocabulary:
 
     def _kin(self, value: Value) -> Value | None:
         """The same value in this vocabulary's type: "7" for 7 and back."""
-        if pa.types.is_string(self.values.type):
+        if not pa.types.is_integer(self.values.type):
             return str(value)
         text = str(value)
         return int(text) if text.removeprefix("-").isdecimal() else None
 
-    def _hash(self, array: pa.Array) -> Ids:
-        """Each distinct value is hashed once in Python; a vectorized hash that is stable across versions is in no library."""
-        coded = array.dictionary_encode()
+    def _hash(self, series: pl.Series) -> Ids:
+        """Each distinct value is hashed once in Python; no library has a vectorized hash that stays the same across versions."""
+        coded = _array(series).dictionary_encode()
         table = np.fromiter((_bucket(v, self.buckets) for v in coded.dictionary.to_pylist()), np.int64, len(coded.dictionary))
         rows = np.asarray(coded.indices.fill_null(len(table)), np.int64)
         return np.append(table, OOV)[rows]
+
+
+def _series(values: Any) -> pl.Series:
+    series = values if isinstance(values, pl.Series) else pl.Series(values, strict=False)
+    return series.cast(pl.String) if series.dtype == pl.Null else series
+
+
+def _array(series: pl.Series) -> pa.Array:
+    """One Arrow array, texts with 64-bit offsets."""
+    array = series.rechunk().to_arrow()
+    return array if pa.types.is_integer(array.type) else array.cast(pa.large_string())
 
 
 def _bucket(value: Value, size: int) -> int:

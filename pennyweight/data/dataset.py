@@ -41,6 +41,7 @@ from torch import Tensor
 from pennyweight.core.config import dumps, write
 from pennyweight.core.errors import ConfigError, DataError, StorageError
 from pennyweight.data.catalog import Catalog, Vocabulary
+from pennyweight.data.history import ends, histories
 from pennyweight.data.schema import FIRST, Column, Schema
 
 if TYPE_CHECKING:
@@ -187,6 +188,28 @@ class Dataset:
     def head(self, n: int) -> Dataset:
         """A view of the first ``n`` rows."""
         return self.take(slice(0, n))
+
+    def last(self) -> Dataset:
+        """A view of each user's last row: with a history, one sequence a user, as SASRec is trained on."""
+        time = next(iter(self.schema.role("time")), None)
+        order, last = ends(self.column(self.schema.user.name), self.column(time.name) if time else None)
+        return self.take(np.sort(order[last]))
+
+    def with_history(self, length: int, *, name: str = "history", liked: npt.NDArray[np.bool_] | None = None) -> Dataset:
+        """The same rows with a column of the user's last ``length`` liked items from before each row's time, oldest first.
+
+        Liked are rows with a positive label, unless ``liked`` bool [n] says otherwise; items without an id of their own are
+        left out. The column is in memory (4 bytes an id) until it is saved.
+        """
+        user, item = self.schema.user, self.schema.item
+        time = next((c.name for c in self.schema.role("time")), None)
+        kept = (self.column(self.schema.label.name) > 0 if liked is None else liked) & (self.column(item.name) >= FIRST)
+        when = self.column(time) if time else None
+        made = histories(self.column(user.name), self.column(item.name), when, kept, length)
+        column = Column(name, "user", "sequence", item.size, length, shares=item.name)
+        columns = {**{n: self.column(n) for n in self.columns}, name: made}
+        catalog = self.catalog.replace(schema=Schema((*self.schema.columns, column)))
+        return Dataset(catalog, columns, range(len(self)), "", self.window)
 
     def split(self, how: How = "time", fractions: tuple[float, float, float] = (0.8, 0.1, 0.1), seed: int = 0) -> Split:
         """Train, valid and test.

@@ -15,17 +15,30 @@ import numpy.typing as npt
 Array = npt.NDArray[Any]
 
 
-def histories(user: Array, item: Array, time: Array, liked: Array, length: int) -> npt.NDArray[np.int32]:
-    """For each row, the user's last ``length`` liked items from before the row's time, int32 [n, length].
+def histories(
+    user: Array, item: Array, time: Array | None, liked: npt.NDArray[np.bool_], length: int, rows: Array | None = None
+) -> npt.NDArray[np.int32]:
+    """For each row (or each of ``rows``), the user's last ``length`` liked items from before it, int32 [n, length].
 
     Oldest first, padded with 0 on the left. Rows of the same user and time do not see one another; among the items of one
-    moment the order of the rows stands.
+    moment the order of the rows stands. Without ``time`` the order of the rows is that of events.
     """
-    order = np.lexsort((time, user))
-    moment = _first(user[order], time[order])
+    order = np.argsort(user, kind="stable") if time is None else np.lexsort((time, user))
     person = _first(user[order])
+    moment = np.arange(len(order)) if time is None else _first(user[order], time[order])
     before = np.concatenate([[0], np.cumsum(liked[order])])
-    return _windows(item[order][liked[order]], before[person], before[moment], length, order)
+    begin, end = np.empty_like(before[1:]), np.empty_like(before[1:])
+    begin[order], end[order] = before[person], before[moment]
+    if rows is not None:
+        begin, end = begin[rows], end[rows]
+    return _windows(item[order][liked[order]], begin, end, length)
+
+
+def ends(user: Array, time: Array | None = None, least: int = 1) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """Row numbers sorted by user and time, and the places in them of the last row of each user with at least ``least``."""
+    order = np.argsort(user, kind="stable") if time is None else np.lexsort((time, user))
+    last = np.flatnonzero(np.append(np.diff(user[order]) != 0, True))
+    return order, last[np.diff(last, prepend=-1) >= least]
 
 
 def _first(*keys: Array) -> npt.NDArray[np.int64]:
@@ -35,11 +48,11 @@ def _first(*keys: Array) -> npt.NDArray[np.int64]:
     return np.flatnonzero(new)[np.cumsum(new) - 1]
 
 
-def _windows(stream: Array, begin: Array, end: Array, length: int, order: Array) -> npt.NDArray[np.int32]:
-    """``stream[end - length : end]`` for each row, nothing from before ``begin``, put back in the rows' own order."""
-    out = np.zeros((len(order), length), np.int32)
+def _windows(stream: Array, begin: Array, end: Array, length: int) -> npt.NDArray[np.int32]:
+    """``stream[end - length : end]`` for each row, with 0 for what lies before ``begin``."""
+    out = np.zeros((len(end), length), np.int32)
     if len(stream):
         for k in range(length):  # a column at a time: no index array of rows x length
             at = end - length + k
-            out[order, k] = np.where(at >= begin, stream[np.maximum(at, 0)], 0)
+            out[:, k] = np.where(at >= begin, stream[np.maximum(at, 0)], 0)
     return out

@@ -1,0 +1,229 @@
+"""What users did, kept durably: an append-only log in SQLite.
+
+An event is on disk before ``append`` returns (WAL with ``synchronous=FULL``, so a crash or a power cut loses nothing that
+was acknowledged), and one sent twice under the same id counts once. A file of JSON lines would append as fast, but
+``history`` and ``seen`` are asked at each request and need an index; a server (Redis, Postgres) would scale further and
+must be installed and watched. The price of the durability is one flush to disk an append, some milliseconds on a slow
+disk; appending several events at once pays it once.
+
+One connection writes, under a lock; each thread reads with a connection of its own, never waiting for the writer.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+import sqlite3
+import threading
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import polars as pl
+
+from pennyweight.core.errors import DataError, StorageError
+from pennyweight.data.dataset import Dataset
+from pennyweight.data.schema import FIRST
+
+APPLICATION = 0x50454E59  # "PENY", in the header of the file: whose database this is
+VERSION = 1
+CHUNK = 65_536
+
+_SCHEMA = f"""
+CREATE TABLE event (
+    seq INTEGER PRIMARY KEY,
+    id TEXT NOT NULL UNIQUE,
+    user TEXT NOT NULL,
+    item TEXT NOT NULL,
+    kind TEXT NOT NULL,
+    value REAL,
+    liked INTEGER,
+    time INTEGER NOT NULL
+) STRICT;
+CREATE INDEX event_user ON event (user, time, seq, item, liked);
+CREATE INDEX event_item ON event (item);
+PRAGMA application_id = {APPLICATION};
+PRAGMA user_version = {VERSION};
+"""
+
+
+@dataclasses.dataclass(frozen=True)
+class Event:
+    """Something a user did with an item."""
+
+    id: str
+    """Chosen by the client; an event whose id is known already is not stored again."""
+    user: str
+    item: str
+    """As named outside, so that a log outlives the vocabularies of any one model."""
+    kind: Literal["rating", "like", "dislike", "view"] = "like"
+    value: float | None = None
+    """The stars of a rating."""
+    time: int = 0
+    """Seconds since 1970."""
+
+    def __post_init__(self) -> None:
+        if not (self.id and self.user and self.item):
+            raise DataError(f"an event needs an id, a user and an item, got {self.id!r}, {self.user!r}, {self.item!r}")
+        if (self.kind == "rating") != (self.value is not None):
+            raise DataError(f"event {self.id!r}: a rating needs a value and nothing else has one, got {self.kind} {self.value}")
+        if self.value is not None and not np.isfinite(self.value):
+            raise DataError(f"event {self.id!r}: {self.value} is not a finite number")
+
+
+class EventLog:
+    """The log at ``path``, made when it is not there.
+
+    Args:
+        path: the database file; SQLite keeps two more beside it (``-wal``, ``-shm``).
+        liked: the rating from which an item counts as liked.
+
+    Raises:
+        DataError: the file is damaged, or another program's.
+        StorageError: it cannot be made or written there.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], *, liked: float = 4.0) -> None:
+        self.path = Path(path)
+        self.liked = liked
+        self._lock = threading.Lock()
+        self._own = threading.local()
+        self._open: list[sqlite3.Connection] = []
+        with self._told("opened"):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._writer = self._connect()
+            self._prepare()
+
+    def append(self, events: Iterable[Event]) -> int:
+        """Store events durably; the number that were new. All of them are stored or, with an error, none.
+
+        Raises:
+            StorageError: the disk is full or the file not writable; what was stored before is untouched.
+        """
+        return self._insert(self._row(e) for e in events)
+
+    def history(self, user: str | int, limit: int, *, liked_only: bool = True) -> list[str]:
+        """The user's last ``limit`` items, oldest first, each once at its latest event; only those whose latest opinion is a
+        like, unless asked otherwise. A view is no opinion.
+        """
+        opinion = "liked IS NOT NULL" if liked_only else "TRUE"
+        query = f"SELECT item, liked FROM event WHERE user = ? AND {opinion} ORDER BY time DESC, seq DESC"
+        latest: dict[str, bool] = {}
+        for item, liked in self._read(query, str(user)):
+            latest.setdefault(item, bool(liked))
+        kept = [item for item, liked in latest.items() if liked or not liked_only]
+        return kept[:limit][::-1]
+
+    def seen(self, user: str | int) -> set[str]:
+        """All items of the user's events."""
+        return {item for (item,) in self._read("SELECT DISTINCT item FROM event WHERE user = ?", str(user))}
+
+    def users(self, prefix: str = "", limit: int = 20) -> list[tuple[str, int]]:
+        """Users whose name starts with ``prefix`` and their number of events, the busiest first."""
+        query = "SELECT user, count(*) AS n FROM event WHERE user >= ? AND user < ? GROUP BY user ORDER BY n DESC, user LIMIT ?"
+        return list(self._read(query, prefix, prefix + "\U0010ffff", limit))
+
+    def __len__(self) -> int:
+        (count,) = self._read("SELECT count(*) FROM event")[0]
+        return int(count)
+
+    def import_ratings(self, ratings: pl.DataFrame, prefix: str = "import") -> int:
+        """Store a frame of ``user, item, rating, time`` in one step; the number that were new.
+
+        Event ids are ``prefix-row``, so importing the same frame again adds nothing.
+        """
+        rows = ratings.select("user", "item", "rating", "time").iter_rows()
+        return self._insert(self._row(Event(f"{prefix}-{k}", str(u), str(i), "rating", r, t)) for k, (u, i, r, t) in enumerate(rows))
+
+    def import_dataset(self, data: Dataset, prefix: str = "import") -> int:
+        """Store the rows of a dataset as likes and dislikes (by its label), for the users and items it has names for.
+
+        Raises:
+            DataError: it has no user or item column, or their names are hashed.
+        """
+        user, item = data.schema.user.name, data.schema.item.name
+        time = next((c.name for c in data.schema.role("time")), None)
+        names, items = data.catalog.vocabulary(user), data.catalog.vocabulary(item)
+        if names.buckets or items.buckets:
+            raise DataError("users or items of this dataset are hashed, so their names are lost; import the raw ratings instead")
+        rows = np.flatnonzero((data.column(user) >= FIRST) & (data.column(item) >= FIRST))
+        known = data.take(rows)
+        when = known.column(time).tolist() if time else [0] * len(rows)
+        kinds = np.where(known.column(data.schema.label.name) > 0.5, "like", "dislike").tolist()
+        people, things = names.decode(known.column(user)), items.decode(known.column(item))
+        whole = zip(rows.tolist(), people, things, kinds, when, strict=True)
+        return self._insert(self._row(Event(f"{prefix}-{k}", str(u), str(i), kind, None, t)) for k, u, i, kind, t in whole)
+
+    def close(self) -> None:
+        """Close all connections; the log can be opened again."""
+        with self._lock:
+            for connection in self._open:
+                connection.close()
+            self._open.clear()
+
+    def __enter__(self) -> EventLog:
+        return self
+
+    def __exit__(self, *failure: object) -> None:
+        self.close()
+
+    def _row(self, event: Event) -> tuple[Any, ...]:
+        opinion = {"like": 1, "dislike": 0, "view": None}
+        liked = int(event.value >= self.liked) if event.value is not None else opinion[event.kind]
+        return (event.id, event.user, event.item, event.kind, event.value, liked, event.time)
+
+    def _insert(self, rows: Iterable[tuple[Any, ...]]) -> int:
+        statement = "INSERT INTO event (id, user, item, kind, value, liked, time) VALUES (?, ?, ?, ?, ?, ?, ?) ON CONFLICT (id) DO NOTHING"
+        with self._lock, self._told("written"):
+            before = self._writer.total_changes
+            with self._writer:  # one transaction: committed at the end, rolled back on an error
+                self._writer.execute("BEGIN IMMEDIATE")
+                self._writer.executemany(statement, rows)
+            return self._writer.total_changes - before
+
+    def _read(self, query: str, *values: Any) -> list[Any]:
+        with self._told("read"):
+            return self._reader().execute(query, values).fetchall()
+
+    def _reader(self) -> sqlite3.Connection:
+        if not hasattr(self._own, "connection"):
+            self._own.connection = self._connect()
+            self._own.connection.execute("PRAGMA query_only = ON")
+        connection: sqlite3.Connection = self._own.connection
+        return connection
+
+    def _connect(self) -> sqlite3.Connection:
+        connection = sqlite3.connect(self.path, timeout=10, isolation_level=None, check_same_thread=False)
+        self._open.append(connection)
+        return connection
+
+    def _prepare(self) -> None:
+        """Check whose file this is and that it is whole, then set it up."""
+        run = self._writer.execute
+        owner, version = run("PRAGMA application_id").fetchone()[0], run("PRAGMA user_version").fetchone()[0]
+        fresh = not run("SELECT count(*) FROM sqlite_master").fetchone()[0]
+        if not fresh and owner != APPLICATION:
+            raise DataError(f"{self.path} is another program's database; name another file for the event log")
+        if not fresh and version != VERSION:
+            raise DataError(f"{self.path} is an event log of version {version}; this one reads version {VERSION}")
+        fault = run("PRAGMA quick_check(1)").fetchone()[0]
+        if fault != "ok":
+            raise DataError(f"the event log {self.path} is damaged ({fault}); restore a copy, or move it away to begin anew")
+        run("PRAGMA journal_mode = WAL")
+        run("PRAGMA synchronous = FULL")
+        if fresh:
+            self._writer.executescript(f"BEGIN IMMEDIATE; {_SCHEMA} COMMIT;")
+
+    @contextlib.contextmanager
+    def _told(self, done: str) -> Iterator[None]:
+        """Turn SQLite's errors into ours."""
+        try:
+            yield
+        except sqlite3.OperationalError as error:
+            raise StorageError(f"the event log {self.path} could not be {done}: {error}; free some room or check the permissions") from error
+        except sqlite3.DatabaseError as error:
+            raise DataError(f"the event log {self.path} is damaged ({error}); restore a copy, or move it away to begin anew") from error
+        except OSError as error:
+            raise StorageError(f"the event log {self.path} could not be {done}: {error.strerror}; name another place") from error
