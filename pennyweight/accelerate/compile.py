@@ -18,6 +18,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import importlib
 import importlib.util
 import logging
 import warnings
@@ -34,6 +35,8 @@ from pennyweight.model.spec import Batch, call, replace
 
 Scorer = Callable[[Batch], Tensor]
 """A batch to its logits, [B] or [B, classes]."""
+
+Maker = Callable[[nn.Module, Runtime, Batch, Sequence[str]], Scorer]
 
 EXACT = 1e-3
 """Largest difference from the module that was exported or compiled, absolute and relative: reordered fp32 sums."""
@@ -91,8 +94,7 @@ class Exported:
 
     def scorer(self, threads: int = 0) -> Scorer:
         """A session of ONNX Runtime on the CPU; 0 threads is one for every core."""
-        import onnxruntime
-
+        onnxruntime = importlib.import_module("onnxruntime")
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
         options.inter_op_num_threads = 1

@@ -24,7 +24,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from pennyweight.accelerate import compile as engines
+from pennyweight.accelerate.compile import Maker, Scorer, eager, make
 from pennyweight.core.errors import ConfigError, DeviceError
 from pennyweight.model.bundle import Bundle, Placement
 from pennyweight.model.spec import Batch, Model, replace
@@ -39,7 +39,8 @@ class Runner:
     """Scores batches with a bundle as its runtime and placement say.
 
     An engine other than eager is made at construction when there is a ``probe`` batch, else by the first call. With
-    ``fallback`` an engine that cannot be had is replaced by eager: ``engine`` says what runs and ``note`` why.
+    ``fallback`` an engine that cannot be had is replaced by eager: ``engine`` says what runs and ``note`` why. ``maker``
+    stands in for ``compile.make`` where several runners share an export.
 
     Raises:
         ConfigError: the bundle's factory is not allowed or not there.
@@ -47,7 +48,13 @@ class Runner:
     """
 
     def __init__(
-        self, bundle: Bundle, allow: Sequence[str] = (), *, probe: Batch | None = None, fallback: bool = False
+        self,
+        bundle: Bundle,
+        allow: Sequence[str] = (),
+        *,
+        probe: Batch | None = None,
+        fallback: bool = False,
+        maker: Maker = make,
     ) -> None:
         self.runtime = bundle.runtime
         self.note = ""
@@ -56,8 +63,8 @@ class Runner:
         """The device of the dense layers."""
         self.module = _placed(bundle.model, bundle.placement, self.home, allow)
         self._inputs = bundle.model.spec.inputs
-        self._fallback = fallback
-        self._score: engines.Scorer | None = None
+        self._fallback, self._maker = fallback, maker
+        self._score: Scorer | None = None
         if self.runtime.engine == "eager" or probe is not None:
             self._within(lambda: self._make(probe or {}))
 
@@ -115,16 +122,16 @@ class Runner:
     def _here(self, batch: Batch) -> Batch:
         return batch if self.home == "cpu" else {n: t.to(self.home) for n, t in batch.items()}
 
-    def _make(self, probe: Batch) -> engines.Scorer:
+    def _make(self, probe: Batch) -> Scorer:
         try:
             with torch.inference_mode(False), torch.no_grad():  # exporters cannot take tensors made for inference
-                score = engines.make(self.module, self.runtime, self._here(probe), self._inputs)
+                score = self._maker(self.module, self.runtime, self._here(probe), self._inputs)
         except DeviceError as error:
             if not self._fallback:
                 raise
             self.note = f"{error}; eager runs instead"
             log.warning(self.note)
-            score = engines.eager(self.module, self._inputs)
+            score = eager(self.module, self._inputs)
         self._score = score if self.home == "cpu" else lambda batch: score(self._here(batch))
         return self._score
 
@@ -139,14 +146,17 @@ def _array(output: Tensor) -> Floats:
 
 
 def _home(placement: Placement) -> str:
-    """Where the dense layers run: with the first table on a GPU, else on the CPU."""
-    return next((where for _, where in sorted(placement.tables.items()) if where.startswith("cuda")), "cpu")
+    """Where the dense layers run: on the first GPU that holds a table, else on the CPU."""
+    return min((where for where in placement.tables.values() if where.startswith("cuda")), default="cpu")
 
 
 def _placed(model: Model, placement: Placement, home: str, allow: Sequence[str]) -> nn.Module:
     """The module with its tables where the placement says, and all else at home."""
     if home != "cpu" and not torch.cuda.is_available():
         raise DeviceError(f"the bundle places tables on {home} and PyTorch sees no GPU here; place it again on this machine")
+    unknown = [path for path in placement.tables if not any(k.startswith(f"{path}.") for k in model.state)]
+    if unknown:
+        raise ConfigError(f"the placement names {', '.join(unknown)}, which this model does not have; place it again")
     mapped = [path for path, where in placement.tables.items() if where == "disk"]
     state = {k: _mapped(t) if any(k.startswith(f"{path}.") for path in mapped) else t for k, t in model.state.items()}
     module = Model(model.spec, state).build(allow)

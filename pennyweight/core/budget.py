@@ -129,8 +129,13 @@ class Budget:
             return f"{value:.{digits}g} {self.currency}/M"
         if field.endswith("_ms"):
             return f"{value:.{digits}g} ms"
-        scale, unit = next(((s, u) for s, u in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")) if value >= s), (1, "B"))
-        return f"{value / scale:.{digits}g} {unit}"
+        return size(value, digits)
+
+
+def size(bytes: float, digits: int = 3) -> str:
+    """Bytes for a person: ``1.5 MB`` (a kB is 1000)."""
+    scale, unit = next(((s, u) for s, u in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")) if bytes >= s), (1, "B"))
+    return f"{bytes / scale:.{digits}g} {unit}"
 
 
 def parse(text: str) -> Budget:
