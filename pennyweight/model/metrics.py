@@ -117,6 +117,8 @@ class Ranked:
     hit_rate: float
     users: int
     """Users with at least one right item, over whom the means are."""
+    each: Floats = dataclasses.field(repr=False, compare=False, default_factory=lambda: np.empty((3, 0)))
+    """Recall, NDCG and hit of each of those users, [3, users]: what a paired test needs."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -174,8 +176,8 @@ def full_ranking(
         start = stop
     if not users:
         raise DataError(f"none of {len(truth)} users has a right item to find; evaluate on more rows")
-    recall, ndcg, hit_rate = (sums / users).tolist()
-    return Ranked(recall, ndcg, hit_rate, users)
+    recall, ndcg, hit_rate = found.mean(1).tolist()
+    return Ranked(recall, ndcg, hit_rate, users, found)
 
 
 def _leave_out(scores: Tensor, seen: Lists, right: Lists) -> None:

@@ -142,7 +142,7 @@ def fit(
     seed: int = 0,
     teacher: nn.Module | None = None,
     checkpoint: Path | None = None,
-    progress: Callable[[Progress], None] | None = None,
+    progress: Callable[[Progress | EpochLog], None] | None = None,
     deadline_s: float | None = None,
 ) -> Fit:
     """Train a module in place; it ends in evaluation mode with the weights of its best epoch.
@@ -156,7 +156,7 @@ def fit(
         seed: of shuffling, dropout and sampling; the caller's random state is left alone.
         teacher: a module of the same outputs to learn from too (row losses only).
         checkpoint: a file to keep the exact state in. If it exists, training goes on from it.
-        progress: called about twice a second.
+        progress: called about twice a second, and with an epoch's log when it was judged.
         deadline_s: seconds after which training stops, validation included.
 
     Ctrl-C stops after the current step, with the best weights and the checkpoint written; a second one at once.
@@ -169,7 +169,7 @@ def fit(
     rows = _rows(module, train, recipe)
     taught, batchwise = _taught(rows, teacher, recipe, inputs)
     loss = _loss(module, rows, recipe, inputs, batchwise)
-    judge = _judge(rows, valid, recipe.metric, inputs)
+    judge = _judge(train, valid, recipe.metric, inputs)
     identity = "" if checkpoint is None else dumps([encode(recipe), seed, train.fingerprint, _shapes(module)])
     with torch.random.fork_rng(devices=[]), _interrupts() as interrupted:
         torch.manual_seed(seed)
@@ -351,7 +351,7 @@ class _Run:
         judge: Callable[[nn.Module], float],
         checkpoint: Path | None,
         identity: str,
-        progress: Callable[[Progress], None] | None,
+        progress: Callable[[Progress | EpochLog], None] | None,
         began: float,
         deadline_s: float | None,
         interrupted: threading.Event,
@@ -447,6 +447,8 @@ class _Run:
         if epoch:
             log = EpochLog(epoch, self.total.item() / self.state.step, metric, self.state.seconds + self.judged_s)
             self.state = dataclasses.replace(self.state, history=(*self.state.history, log))
+            if self.progress is not None:
+                self.progress(log)
         return better
 
     def _close(self) -> None:

@@ -24,7 +24,7 @@ from pennyweight.data.dataset import Dataset
 from pennyweight.data.requests import Trace
 from pennyweight.model.bundle import Bundle
 from pennyweight.model.spec import Model
-from pennyweight.model.train import Progress, Recipe
+from pennyweight.model.train import EpochLog, Progress, Recipe
 
 FIELD = {"compress": "model", "distribute": "placement", "accelerate": "runtime", "schedule": "policy"}
 STAGES = ("structure", "training", "data type", "placement", "runtime", "policy")
@@ -52,7 +52,7 @@ class Env:
     seed: int = 0
     allow: tuple[str, ...] = ()
     """Import paths of factories the user allowed."""
-    watch: Callable[[Progress], None] | None = None
+    watch: Callable[[Progress | EpochLog], None] | None = None
     """Hears the progress of training a transform does; it decides nothing."""
     deadline_s: float | None = None
     """Seconds a transform may train at most: it ends with the best so far. With it, law 4 holds only if it is not hit."""

@@ -36,7 +36,7 @@ from pennyweight.core.config import decode, dumps, encode, write
 from pennyweight.core.errors import ConfigError, DataError, DeviceError, Infeasible, NotWorthIt, PlanError
 from pennyweight.data.dataset import Dataset
 from pennyweight.model.bundle import Bundle, load, save
-from pennyweight.model.train import Progress
+from pennyweight.model.train import EpochLog, Progress
 from pennyweight.model.transform import Env, Plan, Transform, plan
 from pennyweight.optimize import prove
 from pennyweight.optimize.cost import calibrate, described, money, objective, predict, sketch
@@ -234,14 +234,13 @@ class Search:
         """The environment with a watcher that records epochs and holds the cap."""
         if step.stage != "training":
             return self.env
-        seen: set[int] = set()
-
-        def hear(progress: Progress) -> None:
-            if progress.metric is not None and progress.epoch not in seen:
-                seen.add(progress.epoch)
-                self.epoch_s = max(self.epoch_s, progress.seconds / max(1, len(seen)))
-                self.epochs.append(Epoch(run, progress.epoch, progress.loss, progress.metric, progress.seconds))
-                self.say("train", f"{run}: epoch {progress.epoch}, loss {progress.loss:.4f}, {self.options.metric} {progress.metric:.4f}")
+        def hear(event: Progress | EpochLog) -> None:
+            if isinstance(event, Progress):
+                rate = f"{event.rows_per_s:,.0f} rows/s"
+                self.say("train", f"{run}: epoch {event.epoch}, loss {event.loss:.4f}, {rate}")
+                return
+            self.epoch_s = max(self.epoch_s, event.seconds)
+            self.epochs.append(Epoch(run, event.epoch, event.loss, event.metric, event.seconds))
 
         return dataclasses.replace(self.env, watch=hear, deadline_s=max(1.0, self.left() - self.reserve))
 
