@@ -1,0 +1,348 @@
+"""The command line: each command a few lines over the library.
+
+Whatever a person can get wrong ends in one line on standard error that says what and what to do, and exit status 2.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from pennyweight import __version__
+from pennyweight.core import budget as budgets
+from pennyweight.core import hardware
+from pennyweight.core.config import loads
+from pennyweight.core.errors import ConfigError, DataError, PennyweightError
+from pennyweight.model.train import EpochLog
+from pennyweight.model.train import Progress as Trained
+
+app = typer.Typer(
+    name="pennyweight",
+    help="A model, data and a budget in; the cheapest deployment that is as good, with the proof, out.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+out_console, err_console = Console(), Console(stderr=True)
+
+Folder = Annotated[Path, typer.Option("--out", help="Folder to write.")]
+Allow = Annotated[
+    list[str], typer.Option("--allow", help="Import path of a model factory that may be loaded (a module or module:name). Loading runs its code.")
+]
+Seed = Annotated[int, typer.Option(help="Every random number follows from it.")]
+
+
+def main() -> None:
+    """Run the command line; an error a person can mend is one line and exit status 2."""
+    try:
+        app()
+    except PennyweightError as error:
+        err_console.print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        err_console.print("stopped")
+        sys.exit(130)
+
+
+@app.callback(invoke_without_command=True)
+def about(version: Annotated[bool, typer.Option("--version", help="Show the version.")] = False) -> None:
+    """A model, data and a budget in; the cheapest deployment that is as good, with the proof, out."""
+    if version:
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+@app.command()
+def demo(
+    out: Folder = Path("runs/demo"),
+    budget: Annotated[str, typer.Option(help="What may be spent and what must not be lost.")] = "",
+    seconds: Annotated[float, typer.Option(help="Compute cap of the search, in seconds.")] = 90.0,
+    seed: Seed = 0,
+) -> None:
+    """The main job on the shipped sample: train, optimize, prove, report, answer one request."""
+    from pennyweight import demo as job
+    from pennyweight.report import table
+
+    with _watching() as (tell, watch, step):
+        outcome = job.demo(out, budget=budget or job.BUDGET, seconds=seconds, seed=seed, tell=tell, watch=watch, step=step)
+    out_console.print(f"GET /recommend?user=1&k=5\n{job.ask(out)}\n", markup=False, highlight=False)
+    out_console.print(table(outcome.result))
+    out_console.print(f"report     {out}/report.html          serve it:  pennyweight serve {out}/best", highlight=False)
+
+
+@app.command()
+def train(
+    data: Annotated[str, typer.Argument(help="`sample`, a prepared dataset folder, a CSV or Parquet file, or NAME:FOLDER (see --help of the docs) of a known data set.")],
+    out: Folder = Path("runs/run"),
+    model: Annotated[str, typer.Option(help="dnn, deepfm, dcnv2, dlrm, mf, two-tower or sasrec.")] = "deepfm",
+    column: Annotated[
+        list[str], typer.Option("--column", help="For a file: NAME:ROLE:KIND, role user, item, context, label or time, kind categorical, numeric, sequence or time. Repeat.")
+    ] = [],  # noqa: B006  (typer reads it)
+    dim: Annotated[int, typer.Option(help="Numbers in an embedding row.")] = 16,
+    hidden: Annotated[str, typer.Option(help="Widths of the hidden layers.")] = "400,400,400",
+    dropout: Annotated[float, typer.Option(help="Dropout after each hidden layer.")] = 0.2,
+    lr: Annotated[float, typer.Option(help="Learning rate (Adam).")] = 1e-3,
+    batch: Annotated[int, typer.Option(help="Rows a step.")] = 4096,
+    epochs: Annotated[int, typer.Option(help="Epochs at most; training stops early.")] = 50,
+    embedding_l2: Annotated[float, typer.Option(help="L2 on embedding tables.")] = 0.05,
+    metric: Annotated[str, typer.Option(help="What validation looks at.")] = "auc",
+    split: Annotated[str, typer.Option(help="time, last, user or random.")] = "time",
+    seed: Seed = 0,
+) -> None:
+    """Train a model and leave a run folder. Stopped and started again, it goes on where it was."""
+    from pennyweight import job
+    from pennyweight.model.train import Recipe
+
+    recipe = Recipe(lr=lr, batch=batch, epochs=epochs, embedding_l2=embedding_l2, metric=metric)
+    given = _model_args(model, dim, hidden, dropout)
+    if split not in ("time", "last", "user", "random"):
+        raise ConfigError(f"unknown split {split!r}; known: time, last, user, random")
+    with _watching() as (tell, watch, _):
+        dataset = _dataset(data, column, out / "data")
+        tell(f"{len(dataset):,} rows; training {model}")
+        run = job.train(dataset, model, given, recipe, out, split=split, seed=seed, describe=data, watch=watch)  # type: ignore[arg-type]
+    best = max(e.metric for e in run.epochs) if run.epochs else float("nan")
+    out_console.print(f"{out}/bundle: {model}, validation {metric} {best:.4f} in {run.seconds:.0f} s. Next: pennyweight optimize {out}", highlight=False)
+
+
+@app.command()
+def optimize(
+    run: Annotated[Path, typer.Argument(help="A run folder, as `train` leaves it.")],
+    budget: Annotated[str, typer.Option(help=f"As in: {budgets.EXAMPLE}")] = "quality drop <= 0.001",
+    out: Annotated[Path | None, typer.Option(help="Folder for the result; the run itself by default.")] = None,
+    seconds: Annotated[float, typer.Option(help="Compute cap, in seconds.")] = 600.0,
+    epochs: Annotated[int, typer.Option(help="Epochs of recovery at most.")] = 10,
+    tries: Annotated[int, typer.Option(help="Structures trained at most.")] = 4,
+    candidates: Annotated[int, typer.Option(help="Items in the request that is timed.")] = 500,
+    resume: Annotated[bool, typer.Option("--resume", help="Take finished trials from the folder.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Search even if the model is within the budget already.")] = False,
+    core_hour: Annotated[float, typer.Option(help="Price of a core for an hour.")] = 0.0,
+    gb_month: Annotated[float, typer.Option(help="Price of a GB of memory for a month.")] = 0.0,
+    currency: Annotated[str, typer.Option(help="Of the prices.")] = "USD",
+    allow: Allow = [],  # noqa: B006
+) -> None:
+    """Find the cheapest deployment that is proven as good. Ctrl-C keeps the best so far."""
+    from pennyweight import job
+    from pennyweight.optimize.search import Options
+    from pennyweight.optimize.trial import Price
+    from pennyweight.report import table
+
+    price = Price(core_hour=core_hour, gb_month=gb_month, currency=currency) if core_hour or gb_month else None
+    options = Options(seconds=seconds, epochs=epochs, tries=tries, candidates=candidates, force=force, price=price)
+    with _watching() as (_, _, step):
+        outcome = job.improve(run, budgets.parse(budget), options, out=out, resume=resume, allow=tuple(allow), watch=step)
+    out_console.print(table(outcome.result))
+    target = out or run
+    serve = f"serve it:  pennyweight serve {target}/best" if outcome.result.chosen else "nothing was proven; the run's own bundle stays"
+    out_console.print(f"report     {target}/report.html          {serve}", highlight=False)
+
+
+@app.command()
+def apply(
+    bundle: Annotated[Path, typer.Argument(help="A bundle folder.")],
+    plan: Annotated[Path, typer.Argument(help="A plan as JSON: {\"transforms\": [{\"transform\": \"quantize-tables\", ...}]}.")],
+    out: Folder,
+    run: Annotated[Path | None, typer.Option(help="The run folder, for transforms that train or calibrate.")] = None,
+    allow: Allow = [],  # noqa: B006
+) -> None:
+    """Apply a plan to a bundle, without a search or a proof."""
+    from pennyweight import job
+    from pennyweight.model.bundle import load, save
+    from pennyweight.model.transform import Env, Plan
+    from pennyweight.optimize import space  # noqa: F401  (registers every transform)
+
+    made = loads(Plan, _text(plan), str(plan))
+    before, env = load(bundle), Env(topology=hardware.detect(), allow=tuple(allow))
+    if run is not None:
+        record, given, _, parts = job.open_run(run)
+        env = Env(parts.train, parts.valid, parts.train, None, hardware.detect(), given.model, record.recipe, record.seed, tuple(allow))
+    after = made.apply(before, env)
+    save(after, out)
+    out_console.print(f"{out}: {before.bytes:,} -> {after.bytes:,} bytes ({before.bytes / after.bytes:.1f}x smaller)", highlight=False)
+
+
+@app.command()
+def inspect(bundle: Annotated[Path, typer.Argument(help="A bundle folder.")], allow: Allow = []) -> None:  # noqa: B006
+    """What a bundle holds: layers and their bytes, placement, runtime, policy, and the plan that made it."""
+    from pennyweight.core.config import encode
+    from pennyweight.model.bundle import load
+    from pennyweight.optimize.cost import described
+
+    held = load(bundle)
+    shown = Table("layer", "what", "bytes", "FLOPs/row", title=f"{held.model.spec.factory}: {held.bytes:,} bytes")
+    for path, layer in described(held, allow).items():
+        facts = ", ".join(f"{k} {v}" for k, v in encode(layer).items() if v not in (None, 0, "", False) and k != "layer")
+        shown.add_row(path, f"{type(layer).__name__.lower()}: {facts}", f"{layer.bytes():,}", f"{layer.flops():,}")
+    out_console.print(shown)
+    for name in ("placement", "runtime", "policy"):
+        out_console.print(f"{name}: {encode(getattr(held, name))}", highlight=False)
+    out_console.print("plan: " + ("\n  ".join(["", *map(str, held.plan)]) if held.plan else "as given"), highlight=False)
+
+
+@app.command()
+def bench(
+    bundles: Annotated[list[Path], typer.Argument(help="Bundle folders, the first is the one compared with.")],
+    candidates: Annotated[int, typer.Option(help="Items in a request.")] = 500,
+    seconds: Annotated[float, typer.Option(help="Seconds a bundle.")] = 2.0,
+    seed: Seed = 0,
+    allow: Allow = [],  # noqa: B006
+) -> None:
+    """Time bundles on the same requests, in turns."""
+    from pennyweight.data.requests import Trace
+    from pennyweight.model.bundle import load
+    from pennyweight.optimize.evaluate import Bench, race
+
+    held = [load(b) for b in bundles]
+    catalog = held[0].catalog
+    if catalog is None or catalog.items is None:
+        raise DataError(f"{bundles[0]} has no catalogue of items to make requests of; bench a recommender's bundle")
+    trace = Trace.sample(catalog, 64, candidates, seed)
+    requests = tuple(lambda r=r: r.batch(catalog) for r in trace)
+    costs = race(held, Bench(requests, len(trace.requests[0].items), seconds), tuple(allow))
+    shown = Table("bundle", "bytes", "p50 ms", "p99 ms", "smaller", "faster at p99", title=f"one user, {costs[0].candidates} candidates")
+    for path, spent in zip(bundles, costs, strict=True):
+        ratios = f"{costs[0].bytes / spent.bytes:.1f}x", f"{costs[0].p99_ms / spent.p99_ms:.1f}x"
+        shown.add_row(str(path), f"{spent.bytes:,}", f"{spent.p50_ms:.3f}", f"{spent.p99_ms:.3f}", *ratios)
+    out_console.print(shown)
+
+
+@app.command()
+def report(
+    result: Annotated[Path, typer.Argument(help="A run folder, or its result.json.")],
+    out: Annotated[Path | None, typer.Option(help="Where the page goes; report.html beside the result by default.")] = None,
+) -> None:
+    """Draw the report of a finished search again."""
+    from pennyweight.core.config import write
+    from pennyweight.optimize import space  # noqa: F401  (registers every transform)
+    from pennyweight.optimize.trial import Result
+    from pennyweight.report import render
+
+    file = result / "result.json" if result.is_dir() else result
+    target = out or file.with_name("report.html")
+    write(target, render(loads(Result, _text(file), str(file))))
+    out_console.print(str(target))
+
+
+@app.command()
+def serve(
+    bundle: Annotated[Path, typer.Argument(help="A bundle folder.")],
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port to listen on.", min=0, max=65535)] = 8000,
+    store: Annotated[Path | None, typer.Option(help="The event log; events.db beside the bundle by default.")] = None,
+    get: Annotated[str, typer.Option("--get", help="Answer this one request and leave, as in: /recommend?user=1&k=5")] = "",
+    allow: Allow = [],  # noqa: B006
+) -> None:
+    """Serve recommendations over HTTP, with a page at /."""
+    import asyncio
+
+    from pennyweight.serve import app as server
+
+    if not get:
+        server.run(bundle, host=host, port=port, store=store, allow=tuple(allow))
+        return
+    status, body = asyncio.run(server.get(bundle, get, store=store, allow=tuple(allow)))
+    typer.echo(body)
+    raise typer.Exit(0 if status < 400 else 2)
+
+
+@app.command()
+def doctor() -> None:
+    """What this machine has, and what that rules in and out."""
+    topology = hardware.detect()
+    for device in topology.devices:
+        memory = f"{device.memory_bytes / 2**30:.1f} GiB"
+        out_console.print(f"{device.name}: {device.model}, {device.cores} cores, {memory}, {' '.join(device.features)}", highlight=False)
+    shown = Table("extra", "installed", "what it brings", "to get it")
+    for extra in hardware.extras():
+        shown.add_row(extra.name, extra.installed or "-", extra.brings, extra.remedy)
+    out_console.print(shown)
+    for finding in hardware.findings(topology):
+        out_console.print(("yes  " if finding.allowed else "no   ") + finding.text, highlight=False)
+
+
+@contextmanager
+def _watching() -> Iterator[tuple[Callable[[str], None], Callable[[Trained | EpochLog], None], Callable[[Any], None]]]:
+    """Progress on standard error: one bar for what is under way, one line for what is done."""
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=err_console, transient=True) as progress:
+        task = progress.add_task("", total=1.0)
+
+        def tell(line: str) -> None:
+            progress.console.print(line, markup=False, highlight=False)
+            progress.update(task, description="", completed=0.0)
+
+        def watch(event: Trained | EpochLog) -> None:
+            if isinstance(event, EpochLog):
+                progress.console.print(f"  epoch {event.epoch}: loss {event.loss:.4f}, validation {event.metric:.4f}, {event.seconds:.1f} s", highlight=False)
+                return
+            share = (event.epoch - 1 + event.step / event.steps) / event.epochs
+            progress.update(task, completed=share, description=f"epoch {event.epoch}: loss {event.loss:.4f}, {event.rows_per_s:,.0f} rows/s")
+
+        def step(event: Any) -> None:
+            progress.update(task, completed=event.share, description=event.message[:100])
+            if event.trial is not None and event.trial.measured is not None and event.trial.validation is not None:
+                spent, drop = event.trial.measured, event.trial.validation.drop
+                line = f"  {spent.bytes / 1e3:8.1f} kB  p99 {spent.p99_ms:6.2f} ms  drop {drop:+.4f}  {event.message}"
+                progress.console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+        yield tell, watch, step
+
+
+def _text(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror}") from error
+
+
+def _model_args(model: str, dim: int, hidden: str, dropout: float) -> dict[str, Any]:
+    try:
+        widths = [int(w) for w in hidden.split(",") if w.strip()]
+    except ValueError as error:
+        raise ConfigError(f"--hidden {hidden!r} is not a list of whole numbers, as in 400,400,400") from error
+    if model in ("mf", "sasrec"):
+        return {"dim": dim}
+    return {"dim": dim, "hidden": widths, "dropout": dropout}
+
+
+def _dataset(data: str, columns: list[str], out: Path) -> Any:
+    """The dataset a person named: the sample, a prepared folder, a known set in its folder, or a file."""
+    from pennyweight.data import ingest, loaders, sample
+    from pennyweight.data.dataset import Dataset
+
+    if data == "sample":
+        return sample.prepare(out)
+    path = Path(data)
+    if (path / "dataset.json").is_file():
+        return Dataset.open(path)
+    name, colon, folder = data.partition(":")
+    if colon and name in loaders.NAMES:
+        return loaders.load(name, folder, out)
+    if not path.is_file():
+        known = ", ".join(f"{n}:FOLDER" for n in loaders.NAMES)
+        raise DataError(f"no data at {data!r}; name a CSV or Parquet file, a dataset folder, `sample`, or one of {known}")
+    if not columns:
+        raise ConfigError(f"say what the columns of {data} are, as in: --column userId:user:categorical --column clicked:label:numeric")
+    read = ingest.read_parquet if path.suffix == ".parquet" else ingest.read_csv
+    return read(path, [_column(c) for c in columns], out)
+
+
+def _column(text: str) -> Any:
+    from pennyweight.core.config import decode
+    from pennyweight.data.ingest import ColumnSpec
+
+    pieces = text.split(":")
+    if len(pieces) < 3:
+        raise ConfigError(f"--column {text!r} is not NAME:ROLE:KIND, as in userId:user:categorical")
+    name, role, kind, *rest = pieces
+    extra = dict(piece.partition("=")[::2] for piece in rest)
+    numbers = {k: int(v) if v.lstrip("-").isdigit() else v for k, v in extra.items()}
+    return decode(ColumnSpec, {"name": name, "role": role, "kind": kind, **numbers}, f"--column {name}")

@@ -1,0 +1,178 @@
+"""The main job in steps, each leaving its folder behind: train a model, then optimize it under a budget.
+
+A *run* is a folder that holds all the next step needs, so that steps can be repeated, resumed and looked into:
+
+    run/
+      data/            the prepared dataset
+      bundle/          the trained model
+      run.json         how it was split and trained, and every epoch of it
+      events.db        what its users did, for serving
+      best/            after optimize: the bundle to deploy
+      result.json      after optimize: the whole record; report.html and summary.json are drawn from it
+
+The command line, the demo and a notebook call the same functions; nothing here prints.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from pennyweight.core.budget import Budget
+from pennyweight.core.config import dumps, loads, write
+from pennyweight.core.errors import ConfigError, DataError
+from pennyweight.data.dataset import Dataset, How, Split
+from pennyweight.data.events import EventLog
+from pennyweight.model import ranking, retrieval, sequential
+from pennyweight.model.bundle import Bundle, load, save
+from pennyweight.model.cascade import Cascade
+from pennyweight.model.spec import Model, Spec, build, spec_of
+from pennyweight.model.train import EpochLog, Fit, Progress, Recipe, fit
+from pennyweight.model.transform import Env
+from pennyweight.optimize.search import Options, Outcome, Step, optimize
+from pennyweight.optimize.trial import Epoch
+from pennyweight.report import render, summary
+
+MODELS: Mapping[str, type[torch.nn.Module]] = {
+    "dnn": ranking.DNN,
+    "deepfm": ranking.DeepFM,
+    "dcnv2": ranking.DCNv2,
+    "dlrm": ranking.DLRM,
+    "mf": retrieval.MatrixFactorization,
+    "two-tower": retrieval.TwoTower,
+    "sasrec": sequential.SASRec,
+}
+"""Models by the name the command line takes."""
+
+Watch = Callable[[Progress | EpochLog], None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """How a model was trained: what recovery and proof must know to treat it fairly."""
+
+    name: str
+    """The model's name, as in ``MODELS``."""
+    split: How
+    fractions: tuple[float, float, float]
+    recipe: Recipe
+    seed: int
+    epochs: tuple[Epoch, ...] = ()
+    seconds: float = 0.0
+    data: str = ""
+    """One line on the data."""
+    references: tuple[tuple[str, float], ...] = ()
+    """Simple models on the same test rows."""
+
+
+def train(
+    data: Dataset,
+    name: str,
+    args: Mapping[str, Any],
+    recipe: Recipe,
+    out: Path,
+    *,
+    split: How = "time",
+    fractions: tuple[float, float, float] = (0.8, 0.1, 0.1),
+    seed: int = 0,
+    describe: str = "",
+    watch: Watch = lambda _: None,
+) -> Run:
+    """Train one of our models and leave a run folder.
+
+    Raises:
+        ConfigError: no such model, or args it does not take.
+        DataError: the split leaves a part empty, or the loss is no longer a number.
+    """
+    if name not in MODELS:
+        raise ConfigError(f"unknown model {name!r}; known: {', '.join(MODELS)}")
+    parts = data.split(split, fractions, seed)
+    spec = spec_of(MODELS[name], columns=data.schema.columns, **args)
+    model, fitted = trained(spec, parts, recipe, seed, out / "checkpoint", watch)
+    run = Run(name, split, fractions, recipe, seed, epochs(name, fitted), fitted.seconds, describe)
+    keep(out, Bundle(model, catalog=parts.train.catalog), data, run)
+    return run
+
+
+def trained(spec: Spec, parts: Split, recipe: Recipe, seed: int, checkpoint: Path | None, watch: Watch) -> tuple[Model, Fit]:
+    """The model a spec becomes by training, and its record; a checkpoint of an interrupted training is gone on from."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        module = build(spec)
+    fitted = fit(module, parts.train, parts.valid, recipe, seed=seed, checkpoint=checkpoint, progress=watch)
+    if checkpoint is not None and fitted.stopped != "interrupted":
+        checkpoint.unlink(missing_ok=True)
+    return Model.of(module, spec), fitted
+
+
+def cascade(retriever: Model, ranker: Model) -> Model:
+    """Two trained models as the two stages of one."""
+    stages = {"retrieval": retriever, "ranking": ranker}
+    args = {name: {"factory": m.spec.factory, "args": dict(m.spec.args)} for name, m in stages.items()}
+    state = {f"{name}.{key}": value for name, m in stages.items() for key, value in m.state.items()}
+    return Model(spec_of(Cascade, **args), state)
+
+
+def epochs(name: str, fitted: Fit) -> tuple[Epoch, ...]:
+    """A training's epochs as the report takes them."""
+    return tuple(Epoch(name, e.epoch, e.loss, e.metric, e.seconds) for e in fitted.history)
+
+
+def keep(out: Path, bundle: Bundle, data: Dataset, run: Run) -> None:
+    """Write a run folder: data, bundle, record, and the training events of its users."""
+    if Path(str(getattr(data, "path", ""))) != out / "data":
+        data.save(out / "data")
+    save(bundle, out / "bundle")
+    write(out / "run.json", dumps(run))
+    if data.schema.role("user") and data.schema.role("item") and data.schema.role("time"):
+        with EventLog(out / "events.db") as log:
+            log.import_dataset(data.split(run.split, run.fractions, run.seed).train)
+
+
+def open_run(folder: Path) -> tuple[Run, Bundle, Dataset, Split]:
+    """What a run folder holds.
+
+    Raises:
+        DataError: it is not a run folder.
+    """
+    file = folder / "run.json"
+    if not file.is_file():
+        raise DataError(f"{folder} is no run (no run.json); make one with: pennyweight train DATA --out {folder}")
+    run = loads(Run, file.read_bytes(), str(file))
+    data = Dataset.open(folder / "data")
+    return run, load(folder / "bundle"), data, data.split(run.split, run.fractions, run.seed)
+
+
+def improve(
+    folder: Path,
+    budget: Budget,
+    options: Options,
+    *,
+    out: Path | None = None,
+    resume: bool = False,
+    allow: tuple[str, ...] = (),
+    watch: Callable[[Step], None] = lambda _: None,
+) -> Outcome:
+    """Optimize a run's bundle under a budget; the record, the report and the best bundle go to ``out`` (the run itself).
+
+    Raises:
+        DataError: ``folder`` is no run.
+        NotWorthIt, Infeasible: see ``optimize``.
+    """
+    target = out or folder
+    run, bundle, _, parts = open_run(folder)
+    env = Env(train=parts.train, valid=parts.valid, calib=parts.train, recipe=run.recipe, seed=run.seed, allow=allow)
+    rows = f"{len(parts.train):,} / {len(parts.valid):,} / {len(parts.test):,} rows, split by {run.split}"
+    options = dataclasses.replace(
+        options, metric=run.recipe.metric, data=f"{run.data} {rows}".strip(), references=run.references, epochs_before=run.epochs
+    )
+    outcome = optimize(bundle, env, budget, parts.test, options, out=target, resume=resume, watch=watch)
+    write(target / "report.html", render(outcome.result))
+    write(target / "summary.json", dumps(summary(outcome.result)))
+    return outcome
+
+
