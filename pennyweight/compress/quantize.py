@@ -1,0 +1,108 @@
+"""Fewer bits a weight, without training.
+
+Row-wise int4 tables and per-channel int8 dense layers cost recommenders next to nothing (at most .0001 AUC on three models
+measured for this project, 4 to 5 times smaller) and take a second, so they are the first thing to try. Quantization-aware
+training was the alternative: on Criteo it ended below plain rounding (.8073 against .8085 AUC, pintonos/xsDeepFwFM), and it
+takes as long as training. What it costs: int2 rows and retrieval by dot products do lose, which only a measurement tells.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import ClassVar, Literal, cast
+
+from torch import Tensor, nn
+
+from pennyweight.compress.rewrite import Change, finite, rewrite, targets
+from pennyweight.core.config import named
+from pennyweight.core.errors import PlanError
+from pennyweight.model.bundle import Bundle
+from pennyweight.model.dense import Dense
+from pennyweight.model.tables import CodebookTable, Table, rows_of
+from pennyweight.model.transform import Env, Transform
+
+
+@named("quantize-tables")
+@dataclasses.dataclass(frozen=True)
+class QuantizeTables(Transform):
+    """Embedding tables to a smaller data type.
+
+    A shared (codebook) table keeps its codes and has its codebooks written so; int2 makes those int4. A table whose rows
+    are too short to carry a scale of their own (up to 3 numbers at int4) becomes fp16, and one that would not get
+    smaller at all stays as it is.
+    """
+
+    family: ClassVar[Literal["compress"]] = "compress"
+    stage: ClassVar[Literal["data type"]] = "data type"
+
+    data_type: Literal["fp16", "int8", "int4", "int2"] = "int4"
+    min_rows: int = 0
+    """Tables with fewer rows stay as they are."""
+    only: tuple[str, ...] = ()
+    """Patterns of paths to quantize; all tables if empty."""
+    skip: tuple[str, ...] = ()
+    """Patterns of paths to leave alone."""
+
+    def change(self, bundle: Bundle, env: Env) -> Bundle:
+        """The bundle with its tables quantized."""
+        found = targets(bundle.model.build(env.allow), Table.of, self.only, self.skip)
+        new = {p: (m, to) for p, (m, t) in found.items() if t.rows >= self.min_rows and (to := self._smallest(t)) is not None}
+        if not new:
+            have = ", ".join(f"{p} ({t.data_type}, {t.rows} x {t.dim})" for p, (_, t) in found.items()) or "none"
+            raise PlanError(f"no table would get smaller as {self.data_type}; tables: {have}")
+        return bundle.replace(model=rewrite(bundle.model, {p: _table(p, m, to) for p, (m, to) in new.items()}))
+
+    def describe(self) -> str:
+        """What it does."""
+        return f"embedding tables stored as {self.data_type}"
+
+    def _smallest(self, table: Table) -> Table | None:
+        """The smaller of the data type asked for and fp16, if that is smaller than the table is."""
+        asked = "int4" if table.layout == "codebook" and self.data_type == "int2" else self.data_type
+        forms = [dataclasses.replace(table, data_type=t) for t in ("fp16", asked)]
+        least = min(forms, key=Table.bytes)
+        return least if least.bytes() < table.bytes() else None
+
+
+@named("quantize-dense")
+@dataclasses.dataclass(frozen=True)
+class QuantizeDense(Transform):
+    """Dense layers to a smaller data type: int8 and int4 by output channel, run in int8."""
+
+    family: ClassVar[Literal["compress"]] = "compress"
+    stage: ClassVar[Literal["data type"]] = "data type"
+
+    data_type: Literal["fp16", "bf16", "int8", "int4"] = "int8"
+    only: tuple[str, ...] = ()
+    """Patterns of paths to quantize; all dense layers if empty."""
+    skip: tuple[str, ...] = ()
+    """Patterns of paths to leave alone."""
+
+    def change(self, bundle: Bundle, env: Env) -> Bundle:
+        """The bundle with its dense layers quantized."""
+        found = targets(bundle.model.build(env.allow), Dense.of, self.only, self.skip)
+        new = {p: (m, dataclasses.replace(d, data_type=self.data_type)) for p, (m, d) in found.items()}
+        new = {p: (m, to) for p, (m, to) in new.items() if to.bytes() < found[p][1].bytes()}
+        if not new:
+            have = ", ".join(f"{p} ({d.data_type}, {d.inputs} x {d.outputs})" for p, (_, d) in found.items()) or "none"
+            raise PlanError(f"no dense layer would get smaller as {self.data_type}; dense layers: {have}")
+        return bundle.replace(model=rewrite(bundle.model, {p: _dense(p, m, to) for p, (m, to) in new.items()}))
+
+    def describe(self) -> str:
+        """What it does."""
+        return f"dense layers stored as {self.data_type}"
+
+
+def _table(path: str, module: nn.Module, new: Table) -> Change:
+    if isinstance(module, CodebookTable):
+        return new, new.encode_codebook(module.codes, finite(path, module.books().detach(), new.data_type))
+    return new, new.encode(finite(path, rows_of(module), new.data_type))
+
+
+def _dense(path: str, module: nn.Module, new: Dense) -> Change:
+    weight, bias = cast(Tensor, module.weight).detach(), cast("Tensor | None", module.bias)
+    if bias is not None:
+        finite(path, bias.detach())
+    # int4 weights here have fp32 scales, so only fp16 itself has fp16's range.
+    limit = new.data_type if new.data_type == "fp16" else "fp32"
+    return new, new.encode(finite(path, weight, limit), None if bias is None else bias.detach())
