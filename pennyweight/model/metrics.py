@@ -162,7 +162,7 @@ def full_ranking(
         k: length of the lists.
         chunk: users at a time; 0 takes as many as need about 64 MiB.
     """
-    sums, users, start = np.zeros(3), 0, 0
+    parts, start = [np.empty((3, 0))], 0
     while start < len(truth):
         stop = min(start + (chunk or 16), len(truth))
         right = truth.cut(start, stop)
@@ -170,14 +170,13 @@ def full_ranking(
         chunk = chunk or max(1, CHUNK_BYTES // (8 * scores.shape[1]))
         if seen is not None:
             _leave_out(scores, seen.cut(start, stop), right)
-        found = _expected(scores, right, k)
-        sums += found.sum(1)
-        users += found.shape[1]
+        parts.append(_expected(scores, right, k))
         start = stop
-    if not users:
+    found = np.concatenate(parts, 1)
+    if not found.size:
         raise DataError(f"none of {len(truth)} users has a right item to find; evaluate on more rows")
     recall, ndcg, hit_rate = found.mean(1).tolist()
-    return Ranked(recall, ndcg, hit_rate, users, found)
+    return Ranked(recall, ndcg, hit_rate, found.shape[1], found)
 
 
 def _leave_out(scores: Tensor, seen: Lists, right: Lists) -> None:

@@ -21,12 +21,10 @@ from pennyweight.accelerate.runner import Runner
 from pennyweight.core.measure import Latency, interleaved, latency
 from pennyweight.data.dataset import Dataset
 from pennyweight.data.requests import Trace
-from pennyweight.data.schema import FIRST
 from pennyweight.model.bundle import Bundle
-from pennyweight.model.metrics import Lists, full_ranking
-from pennyweight.model.spec import Batch, Layer, Model
+from pennyweight.model.spec import Batch, Layer
 from pennyweight.model.tables import Table
-from pennyweight.model.transform import Env
+from pennyweight.model.train import Queries
 from pennyweight.optimize.cost import described
 from pennyweight.optimize.trial import Cost, Part
 
@@ -138,30 +136,9 @@ def _part(path: str, layer: Layer, ms: float, lookups: int) -> Part:
 
 
 def recall(bundle: Bundle, train: Dataset, test: Dataset, k: int = 100, allow: Sequence[str] = ()) -> npt.NDArray[np.float64]:
-    """Recall@k of the retrieval stage for every user with a liked test item, [users]: seen items are left out.
-
-    A user is asked with the features of their first test row, which is what was known when the test began.
+    """Recall@k of the retrieval stage for every user with a liked test row, [users]; what they have in train is left out.
 
     Raises:
         ConfigError: the model has no retrieval stage.
     """
-    user, item, liked = (test.column(c.name) for c in (test.schema.user, test.schema.item, test.schema.label))
-    found = (user >= FIRST) & (item >= FIRST) & (liked > 0)
-    people, rows = np.unique(np.where(found, user, 0), return_index=True)
-    people, rows = people[people >= FIRST], rows[people >= FIRST]
-    place = np.full(test.schema.user.size, -1)
-    place[people] = np.arange(len(people))
-    past, bought = place[train.column(train.schema.user.name)], train.column(train.schema.item.name)
-    with Runner(bundle, allow) as runner:
-        askers = runner.user_vectors(next(test.take(rows).batches(len(rows))))
-        items = runner.item_vectors(test.catalog.item_batch(np.arange(test.schema.item.size)))
-    unknown = np.setdiff1d(np.arange(test.schema.item.size), test.catalog.item_ids)
-    known = torch.ones(len(items), dtype=torch.bool)
-    known[torch.from_numpy(unknown)] = False
-    table = torch.from_numpy(items).T
-
-    def score(start: int, stop: int) -> Tensor:
-        return (torch.from_numpy(askers[start:stop]) @ table).masked_fill(~known, -torch.inf)
-
-    seen = Lists.group(past[past >= 0], bought[past >= 0], len(people))
-    return full_ranking(score, Lists.group(place[user[found]], item[found], len(people)), seen, k).each[0]
+    return Queries.of(test, [train]).rank(bundle.model.build(allow), k).each[0]
