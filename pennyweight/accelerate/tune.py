@@ -4,10 +4,11 @@ Thread count is the cheapest speed-up nobody tunes: on two busy cores a second t
 waits at a barrier for a core that somebody else has. No rule predicts this from the machine's description, nor which
 engine wins for a shape, so every combination is timed on the user's own requests.
 
-All live candidates are timed in turns on the same request (see ``core.measure``), and after each rung the slower half at p99
-is dropped (successive halving, Jamieson and Talwalkar 2016), so the time that is left goes to those that are close. The
-alternative, a full grid, gives the hopeless as many calls as the best. Candidates within a few percent of the best are
-a tie, and the simplest of them wins: eager before ONNX Runtime before compile, fewer threads, no cut.
+All live candidates are timed in turns on the same request (see ``core.measure``), and after each rung the slower half is
+dropped (successive halving, Jamieson and Talwalkar 2016), so the time that is left goes to those that are close. The
+alternative, a full grid, gives the hopeless as many calls as the best. What is compared is the geometric mean of p50 and
+p99: the tail is what a budget limits, and of a few dozen calls only the middle is certain. Candidates within a few percent of
+the best are a tie, and the simplest of them wins: eager before ONNX Runtime before compile, fewer threads, no cut.
 
 Cost: making an engine takes seconds (ONNX) to a minute (compile); one that would not fit in the time left is not started,
 and the trace says so.
@@ -42,7 +43,10 @@ MAKES_S = {"eager": 0.0, "onnxruntime": 10.0, "compile": 60.0}
 """Seconds making an engine may take; it is not started with less time left."""
 
 TIE = 1.05
-"""A p99 up to this factor of the best is as good as the best."""
+"""Up to this factor of the best is as good as the best."""
+
+HOPELESS = 4.0
+"""A fastest call above this factor of the best ends a candidate at once: one can take 100 times the others' time."""
 
 CHOSEN = "chosen"
 
@@ -98,7 +102,7 @@ def tune(
     cuts: Sequence[int] = (0,),
     allow: Sequence[str] = (),
 ) -> tuple[SetRuntime, tuple[Timing, ...]]:
-    """The fastest runtime at p99 over ``batches`` (one request each), and every candidate in a fixed order.
+    """The fastest runtime over ``batches`` (one request each), and every candidate in a fixed order.
 
     ``threads`` default to 1, 2, 4 ... up to the cores this process may use. It ends within ``seconds``, plus a pass over the
     candidates at the least. Applying the result raises PlanError where the bundle runs so already.
@@ -164,27 +168,37 @@ def _sharing() -> Maker:
 
 
 def _halved(calls: Mapping[Runtime, Call], end: float) -> dict[Runtime, Timing]:
-    """Successive halving in equal shares of the time: the last one or two are left without a note."""
-    timings: dict[Runtime, Timing] = {}
-    live = list(calls)
-    for rung in range(rungs := max(1, math.ceil(math.log2(len(live))))):
-        share = max(0.0, end - time.monotonic()) / (rungs - rung)
-        taken = interleaved([calls[r] for r in live], rounds=2000, warmup=3, seconds=share)
-        timings |= {r: Timing(r, t) for r, t in zip(live, taken, strict=True)}
-        if rung < rungs - 1:
-            ranked = sorted(zip(live, taken, strict=True), key=lambda pair: pair[1].p99_ms)
-            kept, dropped = ranked[: -(-len(ranked) // 2)], ranked[-(-len(ranked) // 2) :]
-            note = f"dropped in rung {rung + 1} of {rungs}: p99 above the {kept[-1][1].p99_ms:.3g} ms of the faster half"
-            timings |= {r: Timing(r, t, note) for r, t in dropped}
-            live = [r for r in live if r in {k for k, _ in kept}]
+    """Three calls each to drop the hopeless, then successive halving in equal shares of the time that is left."""
+    taken = _timed(calls, list(calls), None)
+    bound = HOPELESS * min(t.best_ms for t in taken.values())
+    live = [r for r in calls if taken[r].best_ms <= bound]
+    timings = {r: Timing(r, t, f"dropped after three calls, all slower than {bound:.3g} ms") for r, t in taken.items()}
+    rungs = max(1, math.ceil(math.log2(len(live))))
+    for left in range(rungs, 0, -1):
+        taken = _timed(calls, live, max(0.0, end - time.monotonic()) / left)
+        kept = sorted(live, key=lambda r: _cost(taken[r]))[: -(-len(live) // 2)] if left > 1 else live
+        rung = f"dropped in rung {rungs - left + 1} of {rungs}"
+        note = f"{rung}: not in the faster half, which ends at {_cost(taken[kept[-1]]):.3g} ms (geometric mean of p50 and p99)"
+        timings |= {r: Timing(r, t, "" if r in kept else note) for r, t in taken.items()}
+        live = [r for r in live if r in kept]
     return timings
+
+
+def _timed(calls: Mapping[Runtime, Call], live: Sequence[Runtime], seconds: float | None) -> dict[Runtime, Latency]:
+    few = seconds is None
+    taken = interleaved([calls[r] for r in live], rounds=3 if few else 2000, warmup=1 if few else 3, seconds=seconds)
+    return dict(zip(live, taken, strict=True))
 
 
 def _simplest(timings: Mapping[Runtime, Timing]) -> Runtime:
     """The first, in the order of simplicity, of those that are as good as the best."""
-    last = {r: t.latency.p99_ms for r, t in timings.items() if t.latency and not t.note}
+    last = {r: _cost(t.latency) for r, t in timings.items() if t.latency and not t.note}
     best = min(last.values())
-    return min((r for r, p99 in last.items() if p99 <= best * TIE), key=_simplicity)
+    return min((r for r, cost in last.items() if cost <= best * TIE), key=_simplicity)
+
+
+def _cost(taken: Latency) -> float:
+    return math.sqrt(taken.p50_ms * taken.p99_ms)
 
 
 def _simplicity(runtime: Runtime) -> tuple[int, int, int]:

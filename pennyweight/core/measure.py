@@ -51,6 +51,8 @@ class Latency:
     """Its upper end."""
     n: int
     """Calls that were timed."""
+    best_ms: float = 0.0
+    """The fastest call: what the machine does when it is left alone."""
     ratio: float = 1.0
     """Median over rounds of this call's time / the first call's time."""
     ratio_low: float = 1.0
@@ -99,7 +101,8 @@ def _latency(times: npt.NDArray[np.float64], first: npt.NDArray[np.float64], see
     ratios = times / np.maximum(first, 1e-6)
     below, above = np.percentile(np.median(ratios[again], axis=1), [2.5, 97.5])
     interval = {"low": float(low), "high": float(high), "ratio_low": float(below), "ratio_high": float(above)}
-    return Latency(float(p50), float(p99), n=len(times), ratio=float(np.median(ratios)), **interval)
+    best, ratio = float(times.min()), float(np.median(ratios))
+    return Latency(float(p50), float(p99), n=len(times), best_ms=best, ratio=ratio, **interval)
 
 
 @contextlib.contextmanager
