@@ -43,23 +43,29 @@ class Distill(Transform):
     """Learning rate; None is the recipe's."""
 
     def __post_init__(self) -> None:
-        if self.epochs < 1 or not 0 <= self.alpha <= 1 or self.temperature <= 0 or (self.lr is not None and self.lr <= 0):
+        if self.epochs < 0 or not 0 <= self.alpha <= 1 or self.temperature <= 0 or (self.lr is not None and self.lr <= 0):
             raise ConfigError(
                 f"epochs = {self.epochs}, alpha = {self.alpha}, temperature = {self.temperature}, lr = {self.lr}: "
-                "epochs must be at least 1, alpha between 0 and 1, temperature and lr above 0"
+                "epochs must not be negative, alpha between 0 and 1, temperature and lr above 0"
             )
 
     def change(self, bundle: Bundle, env: Env) -> Bundle:
         """The bundle with its model trained."""
+        if not self.epochs:
+            raise PlanError("0 epochs of distillation change nothing; give at least 1")
         teacher = cast(Model, env.need("teacher", self)).build(env.allow)
         train, valid = cast(Dataset, env.need("train", self)), cast(Dataset, env.need("valid", self))
         recipe = self.recipe(cast(Recipe, env.need("recipe", self)))
         spec = bundle.model.spec
         module = bundle.model.build(env.allow, copy=True)
         try:
-            done = fit(module, train, valid, recipe, inputs=spec.inputs, seed=env.seed, teacher=teacher)
+            done = fit(
+                module, train, valid, recipe, inputs=spec.inputs, seed=env.seed, teacher=teacher, progress=env.watch, deadline_s=env.deadline_s
+            )
         except ConfigError as error:
             raise PlanError(f"Distill cannot train this model: {error}") from error
+        if done.stopped == "interrupted":
+            raise KeyboardInterrupt  # fit took the signal to end a step; whoever runs the plan must hear it too
         if done.best_epoch == 0:
             found = f"{recipe.metric} {done.metric:.4f} in {len(done.history)} epochs"
             raise PlanError(f"distillation found nothing better than {found}; give more epochs or a smaller lr")
