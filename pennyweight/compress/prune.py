@@ -87,7 +87,7 @@ class PruneNeurons(Transform):
     stage: ClassVar[Literal["structure"]] = "structure"
 
     keep: float = 0.5
-    """Share of neurons kept, above 0 and below 1."""
+    """Share of neurons kept, above 0 and at most 1."""
     multiple: int = 16
     """Widths are rounded to a multiple of this; at least one multiple stays."""
     widths: tuple[int, ...] = ()
@@ -100,10 +100,10 @@ class PruneNeurons(Transform):
     """Patterns of paths of layers to leave alone."""
 
     def __post_init__(self) -> None:
-        if not 0 < self.keep < 1 or self.multiple < 1 or any(w < 1 for w in self.widths):
+        if not 0 < self.keep <= 1 or self.multiple < 1 or any(w < 1 for w in self.widths):
             raise ConfigError(
                 f"keep = {self.keep}, multiple = {self.multiple}, widths = {self.widths}: "
-                "keep must lie between 0 and 1, the others be at least 1"
+                "keep must be above 0 and at most 1, the others at least 1"
             )
 
     def change(self, bundle: Bundle, env: Env) -> Bundle:

@@ -258,7 +258,6 @@ class CodebookTable(Lookup):
 
     def __init__(self, layer: Table) -> None:
         super().__init__(layer)
-        self._made = -1  # the version of the codebooks that ``ready`` was made from
         shape = (layer.parts, layer.codes, layer.width)
         self.register_buffer("codes", torch.zeros(layer.rows, layer.parts, dtype=torch.uint8))
         if layer.data_type == "fp32":
@@ -284,13 +283,9 @@ class CodebookTable(Lookup):
         return (pairs.reshape(layer.parts, layer.codes, layer.width).to(torch.int8) - 8) * self.scale
 
     def ready(self) -> Any:
-        """As ever for frozen codebooks; made anew for codebooks that are trained, or were since."""
-        if self.layer.data_type == "fp32" and self.codebooks.requires_grad:
-            if torch.is_grad_enabled():
-                return None, self.form()
-            if self._made != self.codebooks._version:
-                self._ready, self._made = None, self.codebooks._version
-        return super().ready()
+        """As ever, but nothing is kept of codebooks in training: optimizers write into them unseen."""
+        training = self.layer.data_type == "fp32" and self.codebooks.requires_grad
+        return (None, self.form()) if training else super().ready()
 
     def form(self) -> tuple[Tensor, Tensor, Tensor]:
         """Codes, each part's first row and all fp32 codebooks under one another, a few KB whatever they are stored as."""
