@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable
+from typing import Any
 
 from pennyweight.core.config import named
 from pennyweight.core.errors import ConfigError
@@ -67,7 +68,7 @@ class SetPolicy(Transform):
         }
         return ", ".join(words[name].format(value) for name, value in self._given().items()) or "keep the policy"
 
-    def _given(self) -> dict[str, int | float]:
+    def _given(self) -> dict[str, Any]:
         return {f.name: v for f in dataclasses.fields(Policy) if (v := getattr(self, f.name)) is not None}
 
 

@@ -1,0 +1,353 @@
+"""HTTP over the service: a plain ASGI application, one table of routes, one shape for every failure.
+
+A framework (FastAPI, Starlette) brings routing by pattern, dependency injection and middleware; there are ten fixed paths
+here, and a framework's share of a one-millisecond answer would be half of it. Uvicorn speaks HTTP. The application runs
+without a socket too: ``get`` asks it in the same process, which is how the tests and ``serve --get`` use it.
+
+A failure says what was wrong and, after a semicolon in our errors, what to do: these become ``message`` and ``remedy``. What
+we did not foresee is a 500 with a number to find its trace by in the log, and no trace.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import errno
+import functools
+import importlib.resources
+import json
+import logging
+import math
+import signal
+import socket
+import sys
+import time
+import uuid
+from collections.abc import Awaitable, Callable, Mapping, MutableMapping, Sequence
+from pathlib import Path
+from typing import Any
+from urllib.parse import parse_qsl, urlsplit
+
+import msgspec
+import uvicorn
+
+import pennyweight
+from pennyweight.core.errors import DeviceError, NotFound, Overloaded, PennyweightError, RequestError, StorageError, TooLarge
+from pennyweight.model import bundle as bundles
+from pennyweight.serve import messages as m
+from pennyweight.serve.openapi import Route, document
+from pennyweight.serve.service import Service
+
+Scope = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
+Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
+
+log = logging.getLogger("pennyweight.serve")
+
+BODY_S = 30.0
+"""Seconds a client may take to send its body."""
+STOP_S = 30
+"""Seconds that accepted requests are given when the service stops."""
+CODES = {400: "bad_request", 404: "not_found", 413: "too_large", 429: "overloaded", 507: "storage"}
+PAGE = {
+    "/": ("index.html", "text/html; charset=utf-8"),
+    "/docs": ("docs.html", "text/html; charset=utf-8"),
+    "/page/app.js": ("app.js", "text/javascript; charset=utf-8"),
+    "/page/docs.js": ("docs.js", "text/javascript; charset=utf-8"),
+    "/page/style.css": ("style.css", "text/css; charset=utf-8"),
+    "/page/icon.svg": ("icon.svg", "image/svg+xml"),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Reply:
+    """An answer before it is sent."""
+
+    status: int
+    body: bytes
+    kind: str = "application/json"
+    headers: tuple[tuple[str, str], ...] = ()
+
+
+class App:
+    """The ASGI application of one bundle and one event log."""
+
+    def __init__(self, service: Service) -> None:
+        self.service = service
+        self._most = max(1 << 20, 64 * service.policy.candidates)
+
+    @classmethod
+    def open(cls, bundle: str | Path, store: str | Path | None = None, allow: Sequence[str] = ()) -> App:
+        """The application for a bundle's folder; events go to ``events.db`` beside it unless ``store`` names a file.
+
+        Raises:
+            BundleError, ConfigError: the bundle cannot be loaded or served.
+            DataError, StorageError: the event log cannot be used.
+        """
+        path = Path(bundle)
+        return cls(Service(bundles.load(path), Path(store) if store else path.absolute().parent / "events.db", allow))
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer one connection, as ASGI has it."""
+        if scope["type"] == "lifespan":
+            return await self._lifespan(receive, send)
+        if scope["type"] != "http":
+            return  # a websocket: the server answers 403 to an application that does not accept
+        start = time.perf_counter()
+        reply = await self._reply(scope, receive)
+        path = scope["path"] if scope["path"] in PATHS else "other"
+        self.service.metrics.answered(path, reply.status, time.perf_counter() - start)
+        await _send(reply, send, head=scope["method"] == "HEAD")
+
+    async def get(self, target: str) -> tuple[int, str]:
+        """Status and body of a GET, without a socket."""
+        url = urlsplit(target)
+        sent: list[MutableMapping[str, Any]] = []
+
+        async def receive() -> MutableMapping[str, Any]:
+            return {"type": "http.request", "body": b"", "more_body": False}
+
+        async def send(message: MutableMapping[str, Any]) -> None:
+            sent.append(message)
+
+        await self(
+            {"type": "http", "method": "GET", "path": url.path, "query_string": url.query.encode(), "headers": []},
+            receive,
+            send,
+        )
+        return sent[0]["status"], sent[1]["body"].decode()
+
+    async def close(self) -> None:
+        """Finish what was accepted and let go of everything."""
+        await self.service.close()
+
+    async def _lifespan(self, receive: Receive, send: Send) -> None:
+        while True:
+            message = await receive()
+            if message["type"] == "lifespan.shutdown":
+                await self.close()
+            await send({"type": f"{message['type']}.complete"})
+            if message["type"] == "lifespan.shutdown":
+                return
+
+    async def _reply(self, scope: Scope, receive: Receive) -> Reply:
+        try:
+            return await self._answer(scope, receive)
+        except (RequestError, StorageError) as error:
+            return _failed(error)
+        except Exception:
+            number = uuid.uuid4().hex[:12]
+            log.exception("error %s at %s %s", number, scope["method"], scope["path"])
+            return _problem(500, "internal", f"something inside the service failed; its log says what, under {number}")
+
+    async def _answer(self, scope: Scope, receive: Receive) -> Reply:
+        method, path = "GET" if scope["method"] == "HEAD" else scope["method"], scope["path"]
+        known = PATHS.get(path)
+        if known is None:
+            raise NotFound(f"no path {path!r}; known: {', '.join(p for p in PATHS if not p.startswith('/page/'))}")
+        if method not in known:
+            allowed = ", ".join([*known, "HEAD"] if "GET" in known else known)
+            return _problem(405, "method_not_allowed", f"{path} does not take {method}; use {allowed}", ("allow", allowed))
+        headers = {k.decode("latin-1").lower(): v.decode("latin-1") for k, v in scope["headers"]}
+        if method == "POST" and _foreign(headers):
+            return _problem(
+                403, "foreign_origin", f"a page of {headers['origin']} may not write here; ask from the service's own page"
+            )
+        route = known[method]
+        if isinstance(route, Reply):
+            return route
+        ask = (
+            _query(scope["query_string"], route.takes)
+            if method == "GET"
+            else _json(await self._body(receive, headers), route.takes)
+        )
+        answer = await route.answer(self.service, ask)
+        return answer if isinstance(answer, Reply) else Reply(200, msgspec.json.encode(answer))
+
+    async def _body(self, receive: Receive, headers: Mapping[str, str]) -> bytes:
+        try:
+            async with asyncio.timeout(BODY_S):
+                return await self._read(receive, int(headers.get("content-length", "0")))
+        except TimeoutError as error:
+            raise RequestError(f"the body did not arrive within {BODY_S:g} s; send it again") from error
+
+    async def _read(self, receive: Receive, announced: int) -> bytes:
+        body, more, size = [], True, announced
+        while more:
+            if size > self._most:
+                raise TooLarge(f"a body of {size} bytes or more, and {self._most} are taken; send it in parts")
+            message = await receive()
+            if message["type"] == "http.disconnect":
+                raise RequestError("the client left before its body arrived")
+            body.append(message.get("body", b""))
+            size = max(announced, sum(map(len, body)))
+            more = message.get("more_body", False)
+        return b"".join(body)
+
+
+def run(
+    bundle: str | Path, host: str = "127.0.0.1", port: int = 8000, store: str | Path | None = None, allow: Sequence[str] = ()
+) -> None:
+    """Serve a bundle until Ctrl-C or SIGTERM, then finish what was accepted. Reachable from this machine only by default.
+
+    Raises:
+        DeviceError: the port is in use or the host is not one of this machine's.
+        BundleError, ConfigError, DataError, StorageError: as for ``App.open``.
+    """
+    with contextlib.closing(_listen(host, port)) as listener:
+        app = App.open(bundle, store, allow)
+        config = uvicorn.Config(
+            app, lifespan="on", log_level="warning", access_log=False, server_header=False, timeout_graceful_shutdown=STOP_S
+        )
+        shown = f"[{host}]" if ":" in host else host
+        print(f"{bundle} is served on http://{shown}:{listener.getsockname()[1]} (Ctrl-C stops)", file=sys.stderr, flush=True)
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # uvicorn raises what it caught again, once it has stopped
+        with contextlib.suppress(KeyboardInterrupt):
+            uvicorn.Server(config).run(sockets=[listener])
+
+
+async def get(
+    bundle: str | Path, target: str, *, store: str | Path | None = None, allow: Sequence[str] = ()
+) -> tuple[int, str]:
+    """Status and body of one GET (``/recommend?user=1&k=5``) asked without a port.
+
+    Raises:
+        BundleError, ConfigError, DataError, StorageError: as for ``App.open``.
+    """
+    app = App.open(bundle, store, allow)
+    try:
+        return await app.get(target)
+    finally:
+        await app.close()
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    """A bound socket, so that a port in use is known before the model is loaded."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        listener = socket.socket(family, kind, protocol)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+        return listener
+    except OSError as error:
+        reasons = {
+            errno.EADDRINUSE: f"port {port} of {host} is in use; stop what listens there, or name another with --port",
+            errno.EACCES: f"port {port} needs rights this user lacks; name one from 1024 on with --port",
+        }
+        raise DeviceError(
+            reasons.get(error.errno or 0, f"cannot listen on {host}:{port}: {error}; name another with --host")
+        ) from error
+
+
+async def _send(reply: Reply, send: Send, head: bool) -> None:
+    headers = [
+        ("content-type", reply.kind),
+        ("content-length", str(len(reply.body))),
+        ("cache-control", "no-cache"),
+        ("x-content-type-options", "nosniff"),
+        *reply.headers,
+    ]
+    raw = [(k.encode(), v.encode()) for k, v in headers]
+    await send({"type": "http.response.start", "status": reply.status, "headers": raw})
+    await send({"type": "http.response.body", "body": b"" if head else reply.body})
+
+
+def _problem(status: int, code: str, text: str, *headers: tuple[str, str]) -> Reply:
+    message, _, remedy = text.partition("; ")
+    return Reply(status, msgspec.json.encode(m.Failure(m.Problem(status, code, message, remedy))), headers=headers)
+
+
+def _failed(error: PennyweightError) -> Reply:
+    again = [("retry-after", str(max(1, math.ceil(error.retry_after))))] if isinstance(error, Overloaded) else []
+    return _problem(error.status, CODES[error.status], str(error), *again)
+
+
+def _foreign(headers: Mapping[str, str]) -> bool:
+    """Whether a browser sends this for a page of another site."""
+    origin = headers.get("origin")
+    return origin is not None and urlsplit(origin).netloc != headers.get("host")
+
+
+def _json(body: bytes, takes: Any) -> Any:
+    try:
+        return msgspec.json.decode(body, type=takes)
+    except msgspec.ValidationError as error:
+        raise RequestError(_says(error, takes)) from error
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise RequestError(f"the body is not JSON ({error}); send an object such as {EXAMPLE}") from error
+
+
+def _query(text: bytes, takes: Any) -> Any:
+    """A query string as a message: repeat a name for a list, every other one is given once."""
+    lists = {f.name for f in msgspec.structs.fields(takes) if isinstance(f.default_factory, type) and f.default_factory is list}
+    found: dict[str, Any] = {}
+    for name, value in parse_qsl(text.decode("latin-1"), keep_blank_values=True):
+        if name in lists:
+            found.setdefault(name, []).append(value)
+        elif name in found:
+            raise RequestError(f"{name!r} is given twice; give it once")
+        else:
+            found[name] = value
+    try:
+        return msgspec.convert(found, takes, strict=False)
+    except msgspec.ValidationError as error:
+        raise RequestError(_says(error, takes)) from error
+
+
+EXAMPLE = '{"user": 1, "k": 10}'
+
+
+def _says(error: msgspec.ValidationError, takes: Any) -> str:
+    struct = takes if isinstance(takes, type) else m.Event
+    fields = ", ".join(f.name for f in msgspec.structs.fields(struct))
+    return f"{error}; {f'fields: {fields}' if fields else 'it takes no fields'} (see /docs)"
+
+
+async def _metrics(service: Service, ask: m.Nothing) -> Reply:
+    return Reply(200, service.metrics.text(), service.metrics.content_type)
+
+
+async def _openapi(service: Service, ask: m.Nothing) -> Reply:
+    return Reply(200, _document())
+
+
+@functools.cache
+def _document() -> bytes:
+    return json.dumps(document(ROUTES, pennyweight.__version__)).encode()
+
+
+def _page() -> dict[str, dict[str, Reply]]:
+    root = importlib.resources.files("pennyweight.serve") / "page"
+    secure = (("content-security-policy", "default-src 'self'; frame-ancestors 'none'"),)
+    return {path: {"GET": Reply(200, (root / name).read_bytes(), kind, secure)} for path, (name, kind) in PAGE.items()}
+
+
+ROUTES = (
+    Route(
+        "GET",
+        "/recommend",
+        "The top k items for a user, or for a list of likes.",
+        m.Recommend,
+        m.Recommendations,
+        Service.recommend,
+    ),
+    Route("POST", "/recommend", "The same, asked in JSON.", m.Recommend, m.Recommendations, Service.recommend),
+    Route("POST", "/score", "Scores of given items for one person.", m.Score, m.Scores, Service.score),
+    Route(
+        "POST",
+        "/events",
+        "Store what users did, one event or a list of them.",
+        m.Event | list[m.Event],
+        m.Stored,
+        Service.events,
+    ),
+    Route("GET", "/items", "Find items by title.", m.Search, m.Items, Service.items),
+    Route("GET", "/users", "Find users by id.", m.Search, m.Users, Service.users),
+    Route("GET", "/health", "What is served.", m.Nothing, m.Health, Service.health),
+    Route("GET", "/metrics", "Counters for Prometheus.", m.Nothing, None, _metrics),
+    Route("GET", "/openapi.json", "This document.", m.Nothing, None, _openapi),
+)
+PATHS: dict[str, dict[str, Route | Reply]] = {**_page()}  # type: ignore[dict-item]
+for _route in ROUTES:
+    PATHS.setdefault(_route.path, {})[_route.method] = _route
