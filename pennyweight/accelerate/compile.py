@@ -9,9 +9,9 @@ of eager. The second size is what catches a graph that froze the number of candi
 raises DeviceError with the reason; who asked decides whether to fall back, and says so.
 
 Quantized layers use operators that exporters do not know; each offers ``plain()``, a module of ordinary operators with the
-same weights. ONNX Runtime runs the plain form of all of them, ``torch.compile`` that of the dense ones. This costs memory
-(fp32 weights beside the packed ones) and changes rounding: a dynamically quantized layer rounds its inputs, its plain form
-does not. Quality is measured through the Runner, so it is that of the engine that serves.
+same weights, and the graph is made from those. This costs memory (fp32 weights beside the packed ones) and changes
+rounding: a dynamically quantized layer rounds its inputs, its plain form does not. Quality is measured through the Runner, so
+it is that of the engine that serves.
 """
 
 from __future__ import annotations
@@ -32,7 +32,6 @@ from torch import Tensor, nn
 from pennyweight.core import hardware
 from pennyweight.core.errors import DeviceError
 from pennyweight.model.bundle import Runtime
-from pennyweight.model.dense import PackedLinear
 from pennyweight.model.spec import Batch, call, replace
 
 Scorer = Callable[[Batch], Tensor]
@@ -74,7 +73,7 @@ def compiled(module: nn.Module, probe: Batch, inputs: Sequence[str] = ()) -> Sco
     """
     if not hardware.compiler():
         raise DeviceError("engine 'compile' needs a C++ compiler and none was found; apt install g++, or use another engine")
-    names, ordinary = reads(module, probe, inputs), plain(module, PackedLinear)
+    names, ordinary = reads(module, probe, inputs), plain(module)
     fast = torch.compile(_Columns(ordinary, names, inputs), dynamic=True, fullgraph=True)
 
     def score(batch: Batch) -> Tensor:
@@ -184,11 +183,11 @@ class _Watched(Mapping[str, Tensor]):
         return len(self.batch)
 
 
-def plain(module: nn.Module, kind: type[nn.Module] = nn.Module) -> nn.Module:
-    """The module with every layer (of a kind) that offers ``plain()`` in that form; other layers share their weights with it."""
+def plain(module: nn.Module) -> nn.Module:
+    """The module with every layer that offers ``plain()`` put in that form; other layers share their weights with it."""
     shared: dict[int, Any] = {id(t): t for t in [*module.parameters(), *module.buffers()]}
     out = copy.deepcopy(module, shared)
-    special = [path for path, layer in out.named_modules() if isinstance(layer, kind) and hasattr(layer, "plain")]
+    special = [path for path, layer in out.named_modules() if hasattr(layer, "plain")]
     if special == [""]:
         return out.plain().eval()  # type: ignore[operator, no-any-return]
     for path in special:
