@@ -234,7 +234,8 @@ class Catalog:
     def files(self) -> dict[str, bytes]:
         """The catalog as named files, the same bytes every time."""
         hashed = {name: v.buckets for name, v in self.vocabularies.items()}
-        tables = {name: pa.LargeListArray.from_arrays(pa.array([0, len(v.values)], pa.int64()), v.values) for name, v in self.vocabularies.items()}
+        found = sorted(self.vocabularies.items())  # the order they come back in: saved again, the same bytes
+        tables = {name: pa.LargeListArray.from_arrays(pa.array([0, len(v.values)], pa.int64()), v.values) for name, v in found}
         files = {
             "catalog.json": dumps({"schema": self.schema, "buckets": hashed}).encode(),
             "vocabularies.arrow": _ipc(pa.table(tables) if tables else pa.table({"none": pa.array([0])})),
