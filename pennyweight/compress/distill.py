@@ -60,7 +60,15 @@ class Distill(Transform):
         module = bundle.model.build(env.allow, copy=True)
         try:
             done = fit(
-                module, train, valid, recipe, inputs=spec.inputs, seed=env.seed, teacher=teacher, progress=env.watch, deadline_s=env.deadline_s
+                module,
+                train,
+                valid,
+                recipe,
+                inputs=spec.inputs,
+                seed=env.seed,
+                teacher=teacher,
+                progress=env.watch,
+                deadline_s=env.deadline_s,
             )
         except ConfigError as error:
             raise PlanError(f"Distill cannot train this model: {error}") from error

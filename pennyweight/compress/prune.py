@@ -204,7 +204,8 @@ def _solve(x: Tensor, y: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[T
 
     The draw (a thousandth of the mean square of the inputs) keeps weights of inputs that hardly move where they were.
     """
-    x, left = x.double(), y.double() - torch.nn.functional.linear(x, weight.double(), None if bias is None else bias.double())
+    left = (y - torch.nn.functional.linear(x, weight, bias)).double()
+    x = x.double()
     if bias is not None:
         x = torch.cat([x, torch.ones(len(x), 1, dtype=x.dtype)], 1)
     gram = x.T @ x

@@ -40,7 +40,7 @@ _CHUNK = 1 << 13
 class ShareRows(Transform):
     """Full embedding tables to codebooks shared by their rows; the data type stays what it was.
 
-    A table that would not get smaller, or with fewer rows than ``min_rows``, stays as it is. Lookups are counted in
+    A table that would not get smaller, or with fewer than two rows for each code, stays as it is. Lookups are counted in
     ``env.train`` or ``env.calib`` by running the model; without data, or where its forward does not reach a table, all rows
     weigh the same.
     """
@@ -52,7 +52,6 @@ class ShareRows(Transform):
     """One-byte codes a row; a table with a smaller dim has one for each number."""
     codes: int = 256
     """Centres a part, at most 256."""
-    min_rows: int = 512
     iterations: int = 25
     """Rounds of k-means at most."""
     only: tuple[str, ...] = ()
@@ -87,7 +86,7 @@ class ShareRows(Transform):
         return f"table rows share {self.codes} vectors in each of {self.parts} parts"
 
     def _shared(self, table: Table) -> Table | None:
-        if table.layout != "full" or table.rows < self.min_rows:
+        if table.layout != "full" or table.rows < 2 * self.codes:
             return None
         data_type = "int4" if table.data_type == "int2" else table.data_type
         parts = min(self.parts, table.dim)

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pennyweight.core.config import named
-from pennyweight.model.packed import Packed, pack_bits, scaled, unpack_bits
+from pennyweight.model.packed import Packed, blank, pack_bits, scaled, unpack_bits
 from pennyweight.model.spec import Layer
 
 WORTH = 16_384
@@ -43,7 +43,7 @@ class Dense(Layer):
 
     def build(self) -> nn.Module:
         """``nn.Linear`` for fp32, else a ``PackedLinear``."""
-        return nn.Linear(self.inputs, self.outputs, self.bias) if self.data_type == "fp32" else PackedLinear(self)
+        return blank(nn.Linear, self.inputs, self.outputs, self.bias) if self.data_type == "fp32" else PackedLinear(self)
 
     def bytes(self) -> int:
         """Bytes of weights, scales and bias (always fp32)."""
@@ -129,7 +129,7 @@ class PackedLinear(Packed):
 
     def plain(self) -> nn.Module:
         """The same layer as ``nn.Linear`` with dequantized weights (activations are not rounded there)."""
-        module = nn.Linear(self.layer.inputs, self.layer.outputs, self.layer.bias)
+        module = blank(nn.Linear, self.layer.inputs, self.layer.outputs, self.layer.bias)
         rest = {} if self.bias is None else {"bias": self.bias}
         module.load_state_dict({"weight": self.weight, **rest}, assign=True)
         return module.requires_grad_(False).eval()

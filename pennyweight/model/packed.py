@@ -10,10 +10,12 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Callable
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 import torch
 from torch import Tensor, nn
+
+M = TypeVar("M", bound=nn.Module)
 
 
 class Packed(nn.Module, abc.ABC):
@@ -49,6 +51,14 @@ class Packed(nn.Module, abc.ABC):
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_ready": None}
+
+
+def blank(kind: type[M], *args: Any, **kwargs: Any) -> M:
+    """A module of this class with zero weights: its constructor would draw random ones from the caller's generator."""
+    module: M = nn.utils.skip_init(kind, *args, **kwargs)  # type: ignore[no-untyped-call]
+    for parameter in module.parameters():
+        nn.init.zeros_(parameter)
+    return module
 
 
 def pack_bits(values: Tensor, bits: int) -> Tensor:

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 from pennyweight.core.config import named
 from pennyweight.core.errors import ConfigError
-from pennyweight.model.packed import Packed, pack_bits, scaled, unpack_bits
+from pennyweight.model.packed import Packed, blank, pack_bits, scaled, unpack_bits
 from pennyweight.model.spec import Layer
 
 BITS = {"int8": 8, "int4": 4, "int2": 2}
@@ -84,9 +84,9 @@ class Table(Layer):
         if self.data_type in BITS:
             return RowwiseTable(self)
         if self.bag is None:
-            return nn.Embedding(self.rows, self.dim, padding_idx=self.padding)
-        last = self.include_last_offset
-        return nn.EmbeddingBag(self.rows, self.dim, mode=self.bag, padding_idx=self.padding, include_last_offset=last)
+            return blank(nn.Embedding, self.rows, self.dim, padding_idx=self.padding)
+        rest = {"mode": self.bag, "padding_idx": self.padding, "include_last_offset": self.include_last_offset}
+        return blank(nn.EmbeddingBag, self.rows, self.dim, **rest)
 
     def bytes(self) -> int:
         """Bytes of codes, rows, scales and codebooks."""

@@ -114,7 +114,7 @@ def test_new_weights_are_seen_at_once(data_type: str, inputs: int, outputs: int,
 
 @pytest.mark.parametrize("data_type", TYPES[1:])
 def test_gradients_pass_through(data_type: str) -> None:
-    made, module = layer(data_type, 200, 96)
+    _, module = layer(data_type, 200, 96)
     x = torch.randn(5, 200, requires_grad=True)
     module(x).sum().backward()
     torch.testing.assert_close(x.grad, module.weight.sum(0).expand(5, -1))
@@ -156,7 +156,8 @@ def test_what_is_no_plain_layer_is_not_taken_for_one() -> None:
     attention = nn.MultiheadAttention(4, 2)
     for module in (attention.out_proj, nn.Linear(3, 2, dtype=torch.float64), nn.Embedding(3, 2), nn.Bilinear(2, 2, 2)):
         assert Dense.of(module) is None
-    for module in (nn.LayerNorm((2, 3)), nn.LayerNorm(3, bias=False), nn.BatchNorm1d(3, track_running_stats=False), nn.BatchNorm2d(3)):
+    untracked = nn.BatchNorm1d(3, track_running_stats=False)
+    for module in (nn.LayerNorm((2, 3)), nn.LayerNorm(3, bias=False), untracked, nn.BatchNorm2d(3)):
         assert Norm.of(module) is None
 
 

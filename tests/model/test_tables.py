@@ -53,7 +53,11 @@ def bag(module: nn.Module, mode: str, **fields: object) -> nn.EmbeddingBag:
 
 every = [
     *(pytest.param(lambda t=t, d=d, **f: full(t, d, **f), id=f"full-{t}-{d}") for t in ERROR for d in (16, 7)),
-    *(pytest.param(lambda t=t, d=d, **f: codebook(t, d, **f), id=f"codebook-{t}-{d}") for t in list(ERROR)[:-1] for d in (16, 7)),
+    *(
+        pytest.param(lambda t=t, d=d, **f: codebook(t, d, **f), id=f"codebook-{t}-{d}")
+        for t in list(ERROR)[:-1]
+        for d in (16, 7)
+    ),
 ]
 
 
