@@ -198,7 +198,7 @@ def run(
     with contextlib.closing(_listen(host, port)) as listener:
         app = App.open(bundle, store, allow)
         config = uvicorn.Config(
-            app, lifespan="on", log_level="warning", access_log=False, server_header=False, timeout_graceful_shutdown=STOP_S
+            app, lifespan="on", log_level="warning", access_log=False, server_header=False, ws="none", timeout_graceful_shutdown=STOP_S
         )
         shown = f"[{host}]" if ":" in host else host
         print(f"{bundle} is served on http://{shown}:{listener.getsockname()[1]} (Ctrl-C stops)", file=sys.stderr, flush=True)
@@ -224,20 +224,21 @@ async def get(
 
 def _listen(host: str, port: int) -> socket.socket:
     """A bound socket, so that a port in use is known before the model is loaded."""
-    try:
-        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        listener = socket.socket(family, kind, protocol)
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind(address)
+    reasons = {
+        errno.EADDRINUSE: f"port {port} of {host} is in use; stop what listens there, or name another with --port",
+        errno.EACCES: f"port {port} needs rights this user lacks; name one from 1024 on with --port",
+    }
+    with contextlib.ExitStack() as undo:
+        try:
+            family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+            listener = undo.enter_context(socket.socket(family, kind, protocol))
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listener.bind(address)
+        except OSError as error:
+            other = f"cannot listen on {host}:{port}: {error.strerror}; name another address with --host"
+            raise DeviceError(reasons.get(error.errno or 0, other)) from error
+        undo.pop_all()
         return listener
-    except OSError as error:
-        reasons = {
-            errno.EADDRINUSE: f"port {port} of {host} is in use; stop what listens there, or name another with --port",
-            errno.EACCES: f"port {port} needs rights this user lacks; name one from 1024 on with --port",
-        }
-        raise DeviceError(
-            reasons.get(error.errno or 0, f"cannot listen on {host}:{port}: {error}; name another with --host")
-        ) from error
 
 
 async def _send(reply: Reply, send: Send, head: bool) -> None:
