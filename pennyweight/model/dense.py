@@ -57,7 +57,7 @@ class Dense(Layer):
 
     def encode(self, weight: Tensor, bias: Tensor | None) -> dict[str, Tensor]:
         """The layer's state from fp32 weights [outputs, inputs] and bias [outputs]."""
-        rest = {} if bias is None else {"bias": bias.clone()}
+        weight, rest = weight.contiguous(), {} if bias is None else {"bias": bias.clone()}
         if self.data_type == "fp32":
             return {"weight": weight.clone(), **rest}
         if self.data_type in _FLOATS:
