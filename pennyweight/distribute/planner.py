@@ -103,7 +103,7 @@ class Place(Transform):
         remedies = (
             f"quantize the tables ({_quantized(rest, short)})",
             f"have {size(have + short)} in place of {size(have)} for the weights ({setting})",
-            f"Place(disk=True) maps {size(sum(t.bytes for t in homeless))} from disk ({', '.join(t.path for t in homeless)})",
+            f"Place(disk=True) ({_on_disk(homeless, dense, have)})",
             f"use smaller dims ({_narrower(rest, short)})",
         )
         ways = ", ".join(f"{n}) {text}" for n, text in enumerate(remedies, 1))
@@ -149,10 +149,14 @@ def _quantized(rest: Sequence[Held], short: int) -> str:
     return ", ".join(f"{name} {'fits' if over >= 0 else f'still {size(-over)} too much'}" for name, over in outcomes)
 
 
+def _on_disk(homeless: Sequence[Held], dense: int, have: int) -> str:
+    if dense > have:
+        return f"not enough: the dense layers alone take {size(dense)}"
+    return f"{size(sum(t.bytes for t in homeless))} mapped from disk: {', '.join(t.path for t in homeless)}"
+
+
 def _narrower(rest: Sequence[Held], short: int) -> str:
     dim = max((t.table.dim for t in rest if t.table), default=0)
     total = sum(t.bytes for t in rest)
     narrow = int(dim * (1 - short / total)) if total else 0
-    return (
-        f"{dim} to {narrow}" if narrow >= 1 else f"no dim is small enough: the rest takes {size(short)} too much without tables"
-    )
+    return f"{dim} to {narrow}" if narrow >= 1 else "no dim is small enough: the tables are not what is too large"
