@@ -1,0 +1,112 @@
+"""The shared blocks against their formulas written out."""
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from pennyweight.core.errors import ConfigError
+from pennyweight.data.schema import Column
+from pennyweight.model import layers
+from pennyweight.model.layers import FM, MLP, Cross, Embeddings, Interaction
+
+COLUMNS = (
+    Column("user", "user", "categorical", 9),
+    Column("seen", "user", "sequence", 12, 4, shares="item"),
+    Column("item", "item", "categorical", 12),
+    Column("genres", "item", "sequence", 6, 3),
+    Column("price", "item", "numeric"),
+    Column("place", "context", "numeric", length=2),
+    Column("label", "label", "numeric"),
+    Column("time", "time", "time"),
+)
+BATCH = {
+    "user": torch.tensor([2, 3, 8]),
+    "seen": torch.tensor([[0, 0, 4, 5], [0, 0, 0, 0], [2, 3, 4, 5]]),
+    "item": torch.tensor([4, 5, 11]),
+    "genres": torch.tensor([[2, 0, 0], [2, 3, 0], [5, 4, 3]]),
+    "price": torch.tensor([1.0, 2.0, 3.0]),
+    "place": torch.tensor([[0.0, 1.0], [2.0, 3.0], [4.0, 5.0]]),
+}
+
+
+def test_embeddings_look_up_pool_and_append_numbers() -> None:
+    made = Embeddings(COLUMNS, 3).eval()
+    assert list(made.tables) == ["user", "item", "genres"]
+    flat = made(BATCH)
+    assert flat.shape == (3, made.width) == (3, 4 * 3 + 3)
+    fields, numbers = made.fields(flat), made.numbers(flat)
+    items = made.tables["item"].weight
+    assert torch.equal(fields[:, 0], made.tables["user"].weight[[2, 3, 8]])
+    assert torch.allclose(fields[0, 1], (items[4] + items[5]) / 2)
+    assert torch.equal(fields[1, 1], torch.zeros(3))
+    assert torch.allclose(fields[2, 1], items[2:6].mean(0))
+    assert torch.allclose(numbers, torch.tensor([[1.0, 0, 1], [2, 2, 3], [3, 4, 5]]), atol=1e-4)
+
+
+def test_numbers_are_normalized_while_training() -> None:
+    made = Embeddings(COLUMNS, 3)
+    numbers = made.numbers(made(BATCH))
+    assert torch.allclose(numbers.mean(0), torch.zeros(3), atol=1e-6)
+
+
+def test_padding_rows_are_zero_and_stay_zero() -> None:
+    made = Embeddings(COLUMNS, 3)
+    made(BATCH).sum().backward()
+    for t in made.tables.values():
+        assert not t.weight[0].any() and not t.weight.grad[0].any()
+
+
+def test_columns_named_like_methods_or_with_dots_get_tables() -> None:
+    columns = tuple(Column(n, "context", "categorical", 5) for n in ("items", "type", "a.b", "plain"))
+    made = Embeddings(columns, 2)
+    assert list(made.tables) == ["items_", "type_", "a_b", "plain"]
+    assert made({n: torch.tensor([3]) for n in ("items", "type", "a.b", "plain")}).shape == (1, 8)
+
+
+def test_a_schema_without_features_is_refused() -> None:
+    with pytest.raises(ConfigError, match="at least one user, item or context column"):
+        Embeddings(COLUMNS[-2:], 4)
+
+
+@pytest.mark.parametrize(("dropout", "norm"), [(0.0, True), (0.5, True), (0.5, False)])
+def test_mlp_is_a_sequence_of_plain_layers(dropout: float, norm: bool) -> None:
+    made = MLP(6, (8, 4), 1, dropout, norm)
+    one = [nn.Linear, *([nn.BatchNorm1d] if norm else []), nn.ReLU, *([nn.Dropout] if dropout else [])]
+    assert [type(m) for m in made] == [*one, *one, nn.Linear]
+    assert made(torch.randn(5, 6)).shape == (5, 1) and made.outputs == 1 and MLP(6, (8, 4)).outputs == 4
+
+
+def test_fm_and_interaction_are_the_dot_products_of_all_pairs() -> None:
+    fields = torch.randn(7, 5, 3, generator=torch.Generator().manual_seed(0))
+    pairs = torch.stack([(fields[:, i] * fields[:, j]).sum(1) for i, j in itertools.combinations(range(5), 2)], 1)
+    assert torch.allclose(FM()(fields), pairs.sum(1), atol=1e-5)
+    made = Interaction(5)
+    assert made.width == 10 and torch.allclose(made(fields), pairs, atol=1e-5)
+    assert not made.state_dict()
+
+
+@pytest.mark.parametrize("rank", [0, 2])
+def test_cross_multiplies_the_input_once_more_a_layer(rank: int) -> None:
+    made, x = Cross(6, 2, rank), torch.randn(4, 6)
+    expected = x
+    for layer in made.layers:
+        expected = x * layer(expected) + expected
+    assert torch.allclose(made(x), expected, atol=1e-6)
+    assert sum(p.numel() for p in made.parameters()) == 2 * (36 if not rank else 24) + 2 * 6
+
+
+def test_flops_are_those_of_the_matrices() -> None:
+    made = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 1))
+    assert layers.flops(made, {"x": torch.randn(10, 4)}, ("x",)) == 2 * (4 * 8 + 8)
+    assert made.training
+
+
+def test_pooled_is_the_mean_of_what_is_not_padding() -> None:
+    rng = np.random.default_rng(0)
+    ids = torch.from_numpy(rng.integers(0, 9, (20, 6)))
+    rows = layers.table(9, 4)
+    expected = nn.functional.embedding_bag(ids, rows.weight, mode="mean", padding_idx=0)
+    assert torch.allclose(layers.pooled(rows, ids), expected, atol=1e-6)
