@@ -28,7 +28,7 @@ class QuantizeTables(Transform):
     """Embedding tables to a smaller data type.
 
     A shared (codebook) table keeps its codes and has its codebooks written so; int2 makes those int4. A table whose rows
-    are too short to carry a scale of their own (up to 3 numbers at int4) becomes fp16, and one that would not get
+    are too short to carry a scale of their own (up to 3 numbers at int4, 8 at int8) becomes fp16, and one that would not get
     smaller at all stays as it is.
     """
 

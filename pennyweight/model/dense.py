@@ -115,11 +115,11 @@ class PackedLinear(Packed):
             return _prepack(self.levels(), self.scale, self.bias)
         return self.weight
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """[..., outputs] fp32 from [..., inputs]."""
-        if x.requires_grad and torch.is_grad_enabled():
-            return F.linear(x, self.weight, self.bias)  # the operator would cut the gradient off without a word
-        ready, x = self.ready(), x.float()
+        if input.requires_grad and torch.is_grad_enabled():
+            return F.linear(input, self.weight, self.bias)  # the operator would cut the gradient off without a word
+        ready, x = self.ready(), input.float()
         if not isinstance(ready, Tensor):
             output: Tensor = torch.ops.quantized.linear_dynamic(x, ready, _narrow())
             return output

@@ -163,14 +163,14 @@ class Lookup(Packed):
         small = self.layer.rows * self.layer.dim <= SMALL
         return (self.weight, None) if small else (None, self.form())
 
-    def forward(self, ids: Tensor, offsets: Tensor | None = None, per_sample_weights: Tensor | None = None) -> Tensor:
+    def forward(self, input: Tensor, offsets: Tensor | None = None, per_sample_weights: Tensor | None = None) -> Tensor:
         """Rows [..., dim] of ids of any shape; with ``bag``, joined rows [bags, dim] as ``nn.EmbeddingBag`` joins them."""
         if self.layer.bag is not None:
-            return self.join(ids, offsets, per_sample_weights)
+            return self.join(input, offsets, per_sample_weights)
         plain, form = self.ready()
         if plain is not None:
-            return F.embedding(ids, plain)
-        return self.look(ids.reshape(-1), form).reshape(*ids.shape, self.layer.dim)
+            return F.embedding(input, plain)
+        return self.look(input.reshape(-1), form).reshape(*input.shape, self.layer.dim)
 
     def join(self, ids: Tensor, offsets: Tensor | None, weights: Tensor | None) -> Tensor:
         """Bags [bags, dim]; where there are no plain rows, those of these ids are looked up and joined by their positions."""
@@ -317,9 +317,9 @@ class Gather(nn.Module):
         for name, tensor in (("codes", codes), ("base", base), ("books", books)):
             self.register_buffer(name, tensor)
 
-    def forward(self, ids: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """fp32 rows [..., dim] of ids of any shape."""
-        return _gather(ids, self.get_buffer("codes"), self.get_buffer("base"), self.get_buffer("books"), self.dim)
+        return _gather(input, self.get_buffer("codes"), self.get_buffer("base"), self.get_buffer("books"), self.dim)
 
 
 def _gather(ids: Tensor, codes: Tensor, base: Tensor, books: Tensor, dim: int) -> Tensor:
