@@ -32,7 +32,7 @@ SAMPLE = 1 << 16
 """Rows that centres are fitted on; the codes of a larger table's rows are found afterwards."""
 BATCH, BATCHES = 8192, 25
 """Rows of data, and batches of them, that lookups are counted in."""
-_CHUNK = 1 << 13
+_CHUNK = 1 << 10
 
 
 @named("share-rows")
@@ -174,7 +174,7 @@ def nearest(points: Tensor, centres: Tensor) -> Tensor:
     """The nearest centre of each point, int64 [parts, n]."""
     half = centres.square().sum(2).div(2).unsqueeze(1)
     chunks = torch.split(points, _CHUNK, dim=1)
-    return torch.cat([torch.baddbmm(half, chunk, centres.transpose(1, 2), alpha=-1).argmin(2) for chunk in chunks], 1)
+    return torch.cat([torch.baddbmm(half, chunk, centres.transpose(1, 2), alpha=-1).min(2).indices for chunk in chunks], 1)
 
 
 def _spread(points: Tensor, weights: Tensor, codes: int, generator: torch.Generator, zero: bool) -> Tensor:
