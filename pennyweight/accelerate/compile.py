@@ -74,7 +74,9 @@ def compiled(module: nn.Module, probe: Batch, inputs: Sequence[str] = ()) -> Sco
     if not hardware.compiler():
         raise DeviceError("engine 'compile' needs a C++ compiler and none was found; apt install g++, or use another engine")
     names, ordinary = reads(module, probe, inputs), plain(module)
-    fast = torch.compile(_Columns(ordinary, names, inputs), dynamic=True, fullgraph=True)
+    columns = _Columns(ordinary, names, inputs)
+    # Isolated, or the fifth model of a process would hit the limit of recompilations that all of them share.
+    fast = torch.compile(columns, dynamic=True, fullgraph=True, isolate_recompiles=True)  # type: ignore[call-overload]
 
     def score(batch: Batch) -> Tensor:
         output: Tensor = fast(*(batch[n] for n in names))

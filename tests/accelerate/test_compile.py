@@ -107,13 +107,15 @@ def test_a_model_that_cannot_be_captured_says_why(engine: str) -> None:
 
 
 @pytest.mark.skipif(not hardware.compiler(), reason="no C++ compiler")
-def test_compiled_gives_the_same_numbers() -> None:
-    module = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 1)).eval()
-    score = compiled(module, {"x": torch.randn(6, 3)}, ("x",))
-    for rows in (1, 6, 9):
-        x = torch.randn(rows, 3)
-        with torch.inference_mode():
-            torch.testing.assert_close(score({"x": x}), call(module, {"x": x}, ("x",)))
+def test_compiled_gives_the_same_numbers_in_a_long_process() -> None:
+    """Six models of different shapes: PyTorch's limit on recompilations must not be one for all of them."""
+    modules = [nn.Sequential(nn.Linear(n, n + 1), nn.ReLU(), nn.Linear(n + 1, 1)).eval() for n in range(3, 9)]
+    scores = [compiled(m, {"x": torch.randn(6, m[0].in_features)}, ("x",)) for m in modules]
+    for module, score in zip(modules, scores, strict=True):
+        for rows in (1, 6, 9):
+            x = torch.randn(rows, module[0].in_features)
+            with torch.inference_mode():
+                torch.testing.assert_close(score({"x": x}), call(module, {"x": x}, ("x",)))
 
 
 def test_other_numbers_than_eager_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
