@@ -5,10 +5,11 @@ known alternative: 90 % of them zero is neither smaller nor faster on a CPU (mea
 coupled layers of any graph; recommenders' dense parts are chains, for which a page is enough. Widths are rounded to a
 multiple of 16, since odd ones can be slower than the layer they replace (VainF/Torch-Pruning issue 38).
 
-The score of a neuron is how large its output is on calibration rows, times how much the next layer makes of it (Wanda's
-score, Sun et al. 2024, summed over the layer's outputs); the next layer's weights are then solved anew, by least squares
-on the same rows, to give what it gave before (as He et al. 2017 do for channels). Without data, weights stand in for
-outputs. What it costs is quality, most of which distillation brings back.
+Neurons are taken out one at a time, each time the one whose loss the others can best make up for: least squares on
+calibration rows says what the next layer's weights become without it and what that costs (optimal brain surgeon, Hassibi &
+Stork 1993, on whole neurons). On MovieLens this left .016 AUC of loss before any training at a quarter of the neurons,
+where the largest activations with the same least squares left .026, and weights alone .025. It costs the cube of the width,
+a tenth of a second at 256. Distillation brings most of the rest back. Without data, the size of weights must do.
 """
 
 from __future__ import annotations
@@ -93,7 +94,7 @@ class PruneNeurons(Transform):
     widths: tuple[int, ...] = ()
     """Widths of the hidden layers in order, in place of ``keep`` and ``multiple``."""
     score: Literal["activation", "weight"] = "activation"
-    """``activation`` reads ``env.calib`` (or else ``env.train``); a layer its forward does not reach is scored by weights."""
+    """``activation`` reads ``env.calib`` (or else ``env.train``); a layer no row reaches is scored by its weights."""
     only: tuple[str, ...] = ()
     """Patterns of paths of layers whose neurons may go; all if empty."""
     skip: tuple[str, ...] = ()
@@ -177,14 +178,14 @@ def _cut(module: nn.Module, chain: Chain, width: int, seen: tuple[Tensor, Tensor
     """Cut a hidden layer of a module in place; ``seen`` is what reaches the next layer now and what that gave at first."""
     first, last = (cast(nn.Linear, module.get_submodule(p)) for p in (chain.first, chain.last))
     norms = [cast(nn.BatchNorm1d, module.get_submodule(p)) for p in chain.norms]
-    size = _size(first, norms) if seen is None else _moves(seen[0], last)
-    kept = (size * last.weight.norm(dim=0)).topk(width).indices.sort().values
+    if seen is None:
+        kept = (_size(first, norms) * last.weight.norm(dim=0)).topk(width).indices.sort().values
+        after = {n: t[:, kept] if t.dim() == 2 else t for n, t in last.state_dict().items()}
+    else:
+        kept, after = surgery(*seen, last.weight, cast("Tensor | None", last.bias), width)
     for path, layer in zip((chain.first, *chain.norms), (first, *norms), strict=True):
         replace(module, path, _made(layer, {n: t[kept] if t.dim() else t for n, t in layer.state_dict().items()}))
-    weight, bias = last.weight[:, kept], cast("Tensor | None", last.bias)
-    if seen is not None:
-        weight, bias = _solve(seen[0][:, kept], seen[1], weight, bias)
-    replace(module, chain.last, _made(last, {"weight": weight} if bias is None else {"weight": weight, "bias": bias}))
+    replace(module, chain.last, _made(last, after))
 
 
 def _size(first: nn.Linear, norms: Sequence[nn.BatchNorm1d]) -> Tensor:
@@ -194,26 +195,31 @@ def _size(first: nn.Linear, norms: Sequence[nn.BatchNorm1d]) -> Tensor:
     return cast(Tensor, first.weight.norm(dim=1))
 
 
-def _moves(x: Tensor, last: nn.Linear) -> Tensor:
-    """How large each neuron's output [n, width] is: its spread where the next layer has a bias to take over its mean."""
-    return x.square().mean(0).sqrt() if last.bias is None else x.std(0, correction=0)
+def surgery(x: Tensor, y: Tensor, weight: Tensor, bias: Tensor | None, width: int) -> tuple[Tensor, dict[str, Tensor]]:
+    """Which ``width`` inputs a dense layer should keep, int64 [width], and its weights (and bias) on those.
 
-
-def _solve(x: Tensor, y: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """Weights [out, k] and bias that come nearest to giving y [n, out] for x [n, k], drawn towards those given.
-
-    The draw (a thousandth of the mean square of the inputs) keeps weights of inputs that hardly move where they were.
+    Finds weights that come near to giving y [n, out] for x [n, k], then takes inputs out one at a time, moving the weights
+    of the others so that y changes least. With a bias only what varies counts, as the bias takes over the means. A thousandth
+    of the mean variance is added to the covariance, so that weights of inputs that hardly vary stay where they were.
     """
-    left = (y - torch.nn.functional.linear(x, weight, bias)).double()
-    x = x.double()
-    if bias is not None:
-        x = torch.cat([x, torch.ones(len(x), 1, dtype=x.dtype)], 1)
+    x, y, w = x.double(), y.double(), weight.T.double()
+    nothing = torch.zeros((), dtype=torch.float64)
+    middle, level = (nothing, nothing) if bias is None else (x.mean(0), y.mean(0))
+    x, y = x - middle, y - level
     gram = x.T @ x
     gram.diagonal().add_(1e-3 * gram.diagonal().mean() + 1e-12)
-    step = torch.linalg.solve(gram, x.T @ left).T.float()
-    if bias is None:
-        return weight + step, None
-    return weight + step[:, :-1], bias + step[:, -1]
+    inverse = torch.linalg.inv(gram)
+    w = w + inverse @ (x.T @ (y - x @ w))
+    alive = torch.ones(len(w), dtype=torch.bool)
+    for _ in range(len(w) - width):
+        cost = w.square().sum(1) / inverse.diagonal()
+        at = int(torch.where(alive, cost, torch.inf).argmin())
+        column = inverse[:, at] / inverse[at, at]
+        w, inverse = w - torch.outer(column, w[at]), inverse - torch.outer(column, inverse[at])
+        alive[at] = False
+    kept = alive.nonzero().squeeze(1)
+    after = {"weight": w[kept].T.float()}
+    return kept, after if bias is None else {**after, "bias": (level - middle[kept] @ w[kept]).float()}
 
 
 @named("fold-norms")

@@ -222,3 +222,24 @@ def test_after_pruning_norms_still_fold(given: Bundle, env: Env) -> None:
     folded = FoldNorms().apply(pruned, env)
     torch.testing.assert_close(scores(folded, env), scores(pruned, env), atol=1e-4, rtol=1e-4)
     assert folded.model.spec.layers["net.0"] == Dense(48, 48)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_surgery_finds_what_trying_every_way_finds(bias: bool) -> None:
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(400, 3, generator=g) @ torch.randn(3, 6, generator=g) + 0.3 * torch.randn(400, 6, generator=g) + 2
+    weight, shift = torch.randn(4, 6, generator=g), torch.randn(4, generator=g) if bias else None
+    y = nn.functional.linear(x, weight, shift)
+
+    def best(kept: list[int]) -> float:
+        columns = torch.cat([x[:, kept], torch.ones(400, 1)], 1) if bias else x[:, kept]
+        return float((columns @ torch.linalg.lstsq(columns, y).solution - y).square().sum())
+
+    kept, after = prune.surgery(x, y, weight, shift, 5)
+    without = [best([i for i in range(6) if i != out]) for out in range(6)]
+    assert sorted(set(range(6)) - set(kept.tolist())) == [min(range(6), key=without.__getitem__)]
+    left = float((nn.functional.linear(x[:, kept], after["weight"], after.get("bias")) - y).square().sum())
+    assert left == pytest.approx(min(without), rel=0.02)
+    kept, after = prune.surgery(x, y, weight, shift, 3)
+    left = float((nn.functional.linear(x[:, kept], after["weight"], after.get("bias")) - y).square().sum())
+    assert len(kept) == 3 and left == pytest.approx(best(kept.tolist()), rel=0.05)
