@@ -1,10 +1,11 @@
 """What a dense layer or a norm has become.
 
 int8 weights are symmetric, one fp32 scale an output; activations are quantized as they come, over the range of the batch,
-and FBGEMM or oneDNN multiply in int8 through the operator PyTorch carries. Of what was measured on one core (400 x 400,
-batches of 1, 500 and 4096, against fp32) this operator ran at 1.0, 3.4 and 3.6 times the speed; torchao's eager int8 at
-0.1, 1.0 and 1.4; ``qlinear_pointwise`` with ranges taken in Python at 0.2, 1.9 and 1.9; per-row ranges with ``_int_mm`` at
-2.0 and 1.3 in the larger two. The price is that a row's score moves in its third decimal with the rows it is batched with.
+and FBGEMM or oneDNN multiply in int8 through the operator PyTorch carries. On one core and a 400 x 400 layer it ran at 1.0,
+3.4 and 3.6 times the speed of fp32 for batches of 1, 500 and 4096. The alternatives were slower: ``qlinear_pointwise`` with
+the range taken in Python 0.2, 1.9 and 1.9 times, a range for each row with ``_int_mm`` 2.0 and 1.3 times in the larger two,
+and torchao's eager int8 0.1 times at batch 1 (on another net). The price is that a row's score moves, in its third decimal,
+with the rows it is batched with.
 
 A layer of fewer than 16,384 weights is stored small but multiplied in fp32: there the operator's own cost (about 11
 microseconds a call) is more than it saves. int4 halves the bytes again and runs as int8; fp16 and bf16 are stored so and
