@@ -198,7 +198,13 @@ def run(
     with contextlib.closing(_listen(host, port)) as listener:
         app = App.open(bundle, store, allow)
         config = uvicorn.Config(
-            app, lifespan="on", log_level="warning", access_log=False, server_header=False, ws="none", timeout_graceful_shutdown=STOP_S
+            app,
+            lifespan="on",
+            log_level="warning",
+            access_log=False,
+            server_header=False,
+            ws="none",
+            timeout_graceful_shutdown=STOP_S,
         )
         shown = f"[{host}]" if ":" in host else host
         print(f"{bundle} is served on http://{shown}:{listener.getsockname()[1]} (Ctrl-C stops)", file=sys.stderr, flush=True)

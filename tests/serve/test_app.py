@@ -119,7 +119,8 @@ def test_an_unknown_path_is_404(client: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("method", "path", "allow"), [("DELETE", "/recommend", "GET, POST, HEAD"), ("GET", "/score", "POST"), ("POST", "/", "GET, HEAD")]
+    ("method", "path", "allow"),
+    [("DELETE", "/recommend", "GET, POST, HEAD"), ("GET", "/score", "POST"), ("POST", "/", "GET, HEAD")],
 )
 def test_a_wrong_method_is_405_and_says_what_is_allowed(client: Any, method: str, path: str, allow: str) -> None:
     answer = client(method, path)
@@ -276,7 +277,12 @@ def test_no_query_is_a_500(client: Any, query: str | dict[str, str]) -> None:
 
 
 def test_pages_come_with_a_policy_that_keeps_them_to_themselves(client: Any) -> None:
-    for path, kind in (("/", "text/html"), ("/docs", "text/html"), ("/page/app.js", "text/javascript"), ("/page/style.css", "text/css")):
+    for path, kind in (
+        ("/", "text/html"),
+        ("/docs", "text/html"),
+        ("/page/app.js", "text/javascript"),
+        ("/page/style.css", "text/css"),
+    ):
         answer = client("GET", path)
         assert answer.status_code == 200 and answer.headers["content-type"].startswith(kind)
         assert "default-src 'self'" in answer.headers["content-security-policy"]
@@ -389,7 +395,9 @@ def test_stopping_finishes_what_was_accepted(cascade: Bundle, tmp_path: Path, st
     assert code == 0 and said == ""
 
 
-def test_what_was_answered_survives_a_kill(cascade_folder: Path, tmp_path: Path, started: Callable[[Path, Path], Server]) -> None:
+def test_what_was_answered_survives_a_kill(
+    cascade_folder: Path, tmp_path: Path, started: Callable[[Path, Path], Server]
+) -> None:
     one = started(cascade_folder, tmp_path / "log.db")
     events = [{"user": "u", "item": item, "id": f"e{item}"} for item in (1, 2, 3)]
     assert httpx.post(f"{one.url}/events", json=events).json() == {"stored": 3, "duplicates": 0}

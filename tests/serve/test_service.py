@@ -116,8 +116,9 @@ def test_an_unknown_user_gets_what_is_popular_then_what_fits_their_likes(client:
 
 def test_a_number_and_its_text_are_one_user(client: Any) -> None:
     like(client, 15, 318)
-    assert client("POST", "/recommend", json={"user": "15"}).json()["history"] == client("POST", "/recommend", json={"user": 15}).json()["history"]
-    assert client("POST", "/recommend", json={"user": "15"}).json()["history"] != []
+    number, text = (client("POST", "/recommend", json={"user": user}).json() for user in (15, "15"))
+    assert number["history"] == text["history"] != []
+    assert number["items"] == text["items"]
 
 
 def test_more_than_there_is_gives_all_there_is(serve: Serve, cascade: Bundle) -> None:

@@ -119,16 +119,16 @@ function drop(item) {
 }
 
 // The search field: the combobox pattern of the ARIA practices guide; arrows move, Enter takes, Escape closes.
-let options = [], active = -1, timer = 0, sought = 0;
+let options = [], active = -1, timer = 0, sought = 0, current = true; // current: the options are those of what is typed
 
 async function suggest() {
   clearTimeout(timer);
-  timer = 0;
   const user = state.mode === "user", mine = ++sought;
   try {
     const answer = await call(`/${user ? "users" : "items"}?k=8&q=${encodeURIComponent(search.value.trim())}`);
     if (mine !== sought || document.activeElement !== search) return;
     options = user ? answer.users : answer.items;
+    current = true;
     open();
   } catch (error) {
     say(error.message, true);
@@ -156,6 +156,7 @@ function close() {
   clearTimeout(timer);
   found.hidden = true;
   options = [];
+  current = true;
   search.setAttribute("aria-expanded", "false");
   search.removeAttribute("aria-activedescendant");
 }
@@ -183,7 +184,7 @@ function setUser(user) {
   history.replaceState(null, "", user === null ? "/" : `/?user=${encodeURIComponent(user)}`);
 }
 
-search.addEventListener("input", () => { clearTimeout(timer); timer = setTimeout(suggest, 120); });
+search.addEventListener("input", () => { current = false; clearTimeout(timer); timer = setTimeout(suggest, 120); });
 search.addEventListener("focus", suggest);
 search.addEventListener("blur", close);
 search.addEventListener("keydown", async (event) => {
@@ -192,9 +193,9 @@ search.addEventListener("keydown", async (event) => {
     event.preventDefault();
     if (shut) suggest();
     else move(event.key === "ArrowDown" ? 1 : active < 0 ? 0 : -1);
-  } else if (event.key === "Enter" && !shut) {
+  } else if (event.key === "Enter" && (!shut || !current)) {
     event.preventDefault();
-    if (timer) await suggest(); // what was typed is newer than what is shown
+    if (!current) await suggest();
     if (options.length) take(Math.max(active, 0));
   } else if (event.key === "Escape") close();
 });
