@@ -128,6 +128,10 @@ class PruneNeurons(Transform):
             _cut(module, chain, width, seen)
         return bundle.replace(model=rewrite(bundle.model, dict(_changes(module, [p for c, _ in cuts for p in c.paths]))))
 
+    def sketch(self) -> PruneNeurons:
+        """Neurons chosen by their weights: as many of them."""
+        return dataclasses.replace(self, score="weight")
+
     def describe(self) -> str:
         """What it does."""
         if self.widths:

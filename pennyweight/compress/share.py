@@ -81,6 +81,10 @@ class ShareRows(Transform):
             changes[path] = (to, to.encode_codebook(codes, books))
         return bundle.replace(model=rewrite(bundle.model, changes))
 
+    def sketch(self) -> ShareRows:
+        """One step of k-means: codes and codebooks of the same size."""
+        return dataclasses.replace(self, iterations=1)
+
     def describe(self) -> str:
         """What it does."""
         return f"table rows share {self.codes} vectors in each of {self.parts} parts"

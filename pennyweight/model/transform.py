@@ -92,6 +92,10 @@ class Transform(abc.ABC):
     def change(self, bundle: Bundle, env: Env) -> Bundle:
         """What ``apply`` does, before its checks: return a new bundle with this family's one field replaced."""
 
+    def sketch(self) -> Transform:
+        """A transform that leaves the same shapes at less effort, to predict costs with; itself where it is quick."""
+        return self
+
     @abc.abstractmethod
     def describe(self) -> str:
         """One plain sentence for a person, no longer than a line."""

@@ -64,7 +64,7 @@ def calibrate(candidates: int = 500, seconds: float = 0.05) -> Rates:
 
 
 def _time(layer: Layer, given: torch.Tensor, seconds: float) -> float:
-    module = layer.build().eval()
+    module = layer.build().eval().requires_grad_(False)
     with torch.inference_mode():
         return latency(lambda: module(given), seconds=seconds).p50_ms
 
@@ -78,7 +78,7 @@ def described(bundle: Bundle, allow: Sequence[str] = ()) -> dict[str, Layer]:
 
 def sketch(bundle: Bundle, transforms: Sequence[Transform], env: Env) -> Bundle:
     """The bundle after a plan without its training: right bytes and shapes, weights not yet recovered."""
-    return Plan(tuple(t for t in transforms if t.stage != "training")).apply(bundle, env)
+    return Plan(tuple(t.sketch() for t in transforms if t.stage != "training")).apply(bundle, env)
 
 
 def predict(bundle: Bundle, rates: Rates, baseline: Cost, before: Sequence[Part], allow: Sequence[str] = ()) -> Cost:

@@ -215,6 +215,18 @@ class Search:
                 self._remember(Plan(made.transforms[: k + 1]), bundle)
         return bundle
 
+    def recovered(self, structure: Structure) -> Structure:
+        """The structure with its training, or alone where training found nothing better than what compression left."""
+        training = recovery(structure, self.env, self.options.epochs)
+        if not training:
+            return structure
+        try:
+            self._applied(plan((*structure, *training)))
+        except PlanError as error:
+            self.say("train", f"kept without training: {error}")
+            return structure
+        return (*structure, *training)
+
     def _trained(self, prefix: Plan) -> Bundle | None:
         key = _key(prefix)
         if key in self.bundles:
@@ -339,7 +351,7 @@ class Search:
         return self.left() - self.reserve > 2 * max(self.epoch_s * min(3, self.options.epochs), 1.0)
 
     def _rung(self, structure: Structure, dtypes: Sequence[Structure], guesses: Sequence[Cost]) -> bool:
-        trained = (*structure, *recovery(structure, self.env, self.options.epochs))
+        trained = self.recovered(structure)
         made = [self.attempt((*trained, *s), g, "recovered") for s, g in zip(dtypes, guesses, strict=True)]
         return any(t.validation is not None and t.validation.drop <= self.margin for t in made)
 
@@ -355,7 +367,7 @@ class Search:
 
     def tune_finalists(self) -> None:
         """Choose engine and threads on the best plan by measurement, and try the others with it."""
-        order = sorted((t for t in self.trials if t.measured and t.validation), key=self._objective)
+        order = sorted((t for t in self.trials if t.measured and t.validation and t.name != "control"), key=self._objective)
         best = next((t for t in order if t.validation and t.validation.drop <= self.margin), None)
         if best is None or self.left() < self.reserve:
             return
