@@ -94,7 +94,7 @@ class Vocabulary:
         if self.buckets:
             return _bucket(value, self.buckets)
         known = self._index.get(value)
-        return self._index.get(self._kin(value), OOV) if known is None else known
+        return self._index.get(self._kin(value), OOV) if known is None else known  # type: ignore[arg-type]
 
     def decode(self, ids: Any) -> list[Value | None]:
         """Values of ids; None for padding, out of vocabulary, and for every id of a hashed vocabulary.
@@ -124,7 +124,7 @@ class Vocabulary:
         return int(text) if text.removeprefix("-").isdecimal() else None
 
     def _hash(self, series: pl.Series) -> Ids:
-        """Each distinct value is hashed once in Python; no library has a vectorized hash that stays the same across versions."""
+        """Each distinct value is hashed once in Python: Polars' own vectorized hash may differ from version to version."""
         coded = _array(series).dictionary_encode()
         table = np.fromiter((_bucket(v, self.buckets) for v in coded.dictionary.to_pylist()), np.int64, len(coded.dictionary))
         rows = np.asarray(coded.indices.fill_null(len(table)), np.int64)
@@ -162,7 +162,8 @@ class Catalog:
         """The vocabulary a column's ids come from (its own, or the one it shares)."""
         table = self.schema[column].table
         if table not in self.vocabularies:
-            raise ConfigError(f"column {column!r} has no vocabulary; those that have one: {', '.join(self.vocabularies) or 'none'}")
+            known = ", ".join(self.vocabularies) or "none"
+            raise ConfigError(f"column {column!r} has no vocabulary; those that have one: {known}")
         return self.vocabularies[table]
 
     def replace(self, **changes: Any) -> Catalog:
@@ -252,9 +253,9 @@ class Catalog:
         try:
             head = json.loads(files["catalog.json"])
             tables = pa.ipc.open_file(files["vocabularies.arrow"]).read_all()
-            items = pl.DataFrame(pl.from_arrow(pa.ipc.open_file(files["items.arrow"]).read_all())) if "items.arrow" in files else None
+            items = pl.DataFrame(pa.ipc.open_file(files["items.arrow"]).read_all()) if "items.arrow" in files else None
             buckets: Mapping[str, int] = head["buckets"]
-            vocabularies = {name: Vocabulary(tables[name].combine_chunks().flatten(), size) for name, size in buckets.items()}
+            vocabularies = {n: Vocabulary(tables[n].combine_chunks().flatten(), size) for n, size in buckets.items()}
             schema = decode(Schema, head["schema"], "catalog.json.schema")
         except KeyError as error:
             raise ConfigError(f"the catalog lacks {error}; save it again") from error

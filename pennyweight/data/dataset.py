@@ -41,7 +41,7 @@ from torch import Tensor
 from pennyweight.core.config import dumps, write
 from pennyweight.core.errors import ConfigError, DataError, StorageError
 from pennyweight.data.catalog import Catalog, Vocabulary
-from pennyweight.data.history import ends, histories
+from pennyweight.data.history import ends, held_out, histories
 from pennyweight.data.schema import FIRST, Column, Schema
 
 if TYPE_CHECKING:
@@ -100,7 +100,7 @@ class Dataset:
         n = len(arrays[schema.columns[0].name])
         for name, array in arrays.items():
             if len(array) != n:
-                raise DataError(f"column {name!r} has {len(array)} rows, {schema.columns[0].name!r} has {n}; give all the same length")
+                raise DataError(f"column {name!r} has {len(array)} rows, {schema.columns[0].name!r} has {n}; give all as many")
         if not n:
             raise DataError("a dataset needs at least one row, got none")
         dataset = cls(Catalog(schema, vocabularies or _counting(schema), items), arrays, range(n))
@@ -121,7 +121,7 @@ class Dataset:
         except (OSError, pa.ArrowException, ValueError, KeyError) as error:
             raise DataError(f"{root} is incomplete or damaged ({error}); ingest the data again") from error
         if len(next(iter(columns.values()))) != head["rows"]:
-            raise DataError(f"{root}/rows.arrow does not hold the {head['rows']} rows dataset.json names; ingest the data again")
+            raise DataError(f"{root}/rows.arrow does not hold {head['rows']} rows as dataset.json says; ingest the data again")
         return cls(catalog, columns, range(head["rows"]), head["sha256"], WINDOW, mapped)
 
     @staticmethod
@@ -155,6 +155,7 @@ class Dataset:
 
     @property
     def schema(self) -> Schema:
+        """The columns."""
         return self.catalog.schema
 
     @functools.cached_property
@@ -191,8 +192,7 @@ class Dataset:
 
     def last(self) -> Dataset:
         """A view of each user's last row: with a history, one sequence a user, as SASRec is trained on."""
-        time = next(iter(self.schema.role("time")), None)
-        order, last = ends(self.column(self.schema.user.name), self.column(time.name) if time else None)
+        order, last = ends(*_who_and_when(self))
         return self.take(np.sort(order[last]))
 
     def with_history(self, length: int, *, name: str = "history", liked: npt.NDArray[np.bool_] | None = None) -> Dataset:
@@ -201,11 +201,9 @@ class Dataset:
         Liked are rows with a positive label, unless ``liked`` bool [n] says otherwise; items without an id of their own are
         left out. The column is in memory (4 bytes an id) until it is saved.
         """
-        user, item = self.schema.user, self.schema.item
-        time = next((c.name for c in self.schema.role("time")), None)
+        item, (user, time) = self.schema.item, _who_and_when(self)
         kept = (self.column(self.schema.label.name) > 0 if liked is None else liked) & (self.column(item.name) >= FIRST)
-        when = self.column(time) if time else None
-        made = histories(self.column(user.name), self.column(item.name), when, kept, length)
+        made = histories(user, self.column(item.name), time, kept, length)
         column = Column(name, "user", "sequence", item.size, length, shares=item.name)
         columns = {**{n: self.column(n) for n in self.columns}, name: made}
         catalog = self.catalog.replace(schema=Schema((*self.schema.columns, column)))
@@ -282,17 +280,51 @@ class Dataset:
             column = self.schema.item
         except ConfigError:
             return self
-        ids = self.column(column.name)
-        items = self.catalog.items if self.catalog.items is not None else self._items(ids)
-        counts = np.bincount(ids, minlength=column.size)[items[column.name].to_numpy()]
-        return dataclasses.replace(self, catalog=self.catalog.replace(items=items.with_columns(pl.Series("popularity", counts))))
+        counts, first = self._tally(column)
+        items = self.catalog.items if self.catalog.items is not None else self._items(column, counts, first)
+        popularity = pl.Series("popularity", counts[items[column.name].to_numpy()])
+        return dataclasses.replace(self, catalog=self.catalog.replace(items=items.with_columns(popularity)))
 
-    def _items(self, ids: Array) -> pl.DataFrame:
-        known, first = np.unique(ids, return_index=True)
-        keep = known >= FIRST
-        known, first = known[keep].astype(np.int64), first[keep]
-        others = [c.name for c in self.schema.role("item") if c.name != self.schema.item.name]
-        return pl.DataFrame({self.schema.item.name: known, **{name: self._gather(name, first) for name in others}})
+    def described(self, items: pl.DataFrame) -> Dataset:
+        """The same rows, with what there is to show of items (``title``, ``genres``, ``year``) in the catalog.
+
+        ``items`` has the item column under its name, with values as before encoding, one row each; items without a row there
+        show nothing.
+
+        Raises:
+            DataError: it has no such column, a value twice, or a column named like a feature of items.
+        """
+        name = self.schema.item.name
+        taken = {*(c.name for c in self.schema.role("item")), "popularity"} - {name}
+        if name not in items.columns or taken & set(items.columns):
+            rule = f"it needs {name!r} and none of {', '.join(sorted(taken))}"
+            raise DataError(f"the table of items has columns {', '.join(items.columns)}; {rule}")
+        if items[name].n_unique() != len(items):
+            raise DataError(f"the table of items has a {name!r} twice; keep one row each")
+        ids = self.catalog.vocabulary(name).encode(items[name])
+        shown = items.with_columns(pl.Series(name, ids)).filter(pl.col(name) >= FIRST)
+        table = self.catalog.items if self.catalog.items is not None else self.counted().catalog.items
+        assert table is not None, "a schema with items counts them"
+        kept = table.select(c for c in table.columns if c in {name, *taken})
+        return dataclasses.replace(
+            self, catalog=self.catalog.replace(items=kept.join(shown, name, "left", maintain_order="left"))
+        )
+
+    def _tally(self, column: Column) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+        """Rows of each item id, and the first of them, a block at a time: no copy of the column."""
+        counts, first = np.zeros(column.size, np.int64), np.zeros(column.size, np.int64)
+        for at in reversed(range(0, len(self), BLOCK * 16)):  # backwards, so that what is written last is the first row
+            rows = np.arange(at, min(at + BLOCK * 16, len(self)))
+            ids = self._gather(column.name, rows)
+            counts += np.bincount(ids, minlength=column.size)
+            first[ids[::-1]] = rows[::-1]
+        return counts, first
+
+    def _items(self, column: Column, counts: npt.NDArray[np.int64], first: npt.NDArray[np.int64]) -> pl.DataFrame:
+        """The items in the rows, with their features as first seen."""
+        ids = np.flatnonzero(counts[FIRST:]) + FIRST
+        others = [c.name for c in self.schema.role("item") if c.name != column.name]
+        return pl.DataFrame({column.name: ids, **{name: self._gather(name, first[ids]) for name in others}})
 
 
 def _counting(schema: Schema) -> dict[str, Vocabulary]:
@@ -310,20 +342,14 @@ def _by_time(data: Dataset, fractions: tuple[float, float, float], seed: int) ->
     return np.searchsorted(cuts, time, side="right").astype(np.int8)
 
 
-def _in_order(data: Dataset) -> tuple[Array, npt.NDArray[np.int64]]:
-    """The user of every row, and the order by user and time."""
-    user, time = data.column(data.schema.user.name), next(iter(data.schema.role("time")), None)
-    return user, np.lexsort((data.column(time.name), user)) if time else np.argsort(user, kind="stable")
+def _who_and_when(data: Dataset) -> tuple[Array, Array | None]:
+    """User and time of every row; None where rows have no time and stand in order."""
+    time = next(iter(data.schema.role("time")), None)
+    return data.column(data.schema.user.name), data.column(time.name) if time else None
 
 
 def _by_last(data: Dataset, fractions: tuple[float, float, float], seed: int) -> npt.NDArray[np.int8]:
-    user, order = _in_order(data)
-    ends = np.flatnonzero(np.append(np.diff(user[order]) != 0, True))
-    counts = np.diff(ends, prepend=-1)
-    ends = ends[counts >= 3]
-    part = np.zeros(len(user), np.int8)
-    part[order[ends]], part[order[ends - 1]] = 2, 1
-    return part
+    return held_out(*_who_and_when(data))
 
 
 def _by_chance(data: Dataset, fractions: tuple[float, float, float], seed: int) -> npt.NDArray[np.int8]:
@@ -334,14 +360,12 @@ def _by_chance(data: Dataset, fractions: tuple[float, float, float], seed: int) 
 
 def _by_user(data: Dataset, fractions: tuple[float, float, float], seed: int) -> npt.NDArray[np.int8]:
     """Each user's rows in order of time; a user of two rows has them in train."""
-    user, order = _in_order(data)
-    starts = np.flatnonzero(np.diff(user[order], prepend=-1) != 0)
-    counts = np.diff(np.append(starts, len(user)))
-    place = np.arange(len(user)) - np.repeat(starts, counts)
-    share = (place + 0.5) / np.repeat(counts, counts)
-    part = np.zeros(len(user), np.int8)
-    part[order] = np.searchsorted(np.cumsum(fractions)[:2], share, side="right")
-    part[order[np.repeat(counts, counts) < 3]] = 0
+    order, last = ends(*_who_and_when(data))
+    counts = np.diff(last, prepend=-1)
+    each = np.repeat(counts, counts)
+    place = np.arange(len(data)) - np.repeat(last - counts + 1, counts)
+    part = np.empty(len(data), np.int8)
+    part[order] = np.searchsorted(np.cumsum(fractions)[:2], (place + 0.5) / each, side="right") * (each >= 3)
     return part
 
 
@@ -408,14 +432,15 @@ def check(column: Column, values: Array, at: int = 0) -> None:
     if bad.any():
         row = int(np.flatnonzero(bad.reshape(len(values), -1).any(axis=1))[0])
         value = values[row] if values.ndim == 1 else values[row][bad[row]][0]
-        raise DataError(f"column {column.name!r}, row {at + row}: {value} {says}; {int(bad.sum())} such value(s), correct or drop them")
+        many = f"{int(bad.sum())} such value(s) here, correct or drop them"
+        raise DataError(f"column {column.name!r}, row {at + row}: {value} {says}; {many}")
 
 
 def _digest(data: Dataset) -> str:
     sha = hashlib.sha256(dumps(data.schema).encode())
-    for name in data.columns:
+    for column in data.schema.columns:
         for at in range(0, len(data), BLOCK * 16):
-            sha.update(np.ascontiguousarray(data._gather(name, np.arange(at, min(at + BLOCK * 16, len(data))))))
+            sha.update(data._gather(column.name, np.arange(at, min(at + BLOCK * 16, len(data)))).data)
     return sha.hexdigest()
 
 
@@ -424,7 +449,8 @@ def _head(root: Path) -> dict[str, Any]:
         head = json.loads((root / "dataset.json").read_bytes())
         return {"rows": int(head["rows"]), "sha256": str(head["sha256"]), "files": [Path(f).name for f in head["files"]]}
     except FileNotFoundError as error:
-        raise DataError(f"{root} holds no dataset (no dataset.json); ingest one with Dataset.read_csv or read_parquet") from error
+        hint = "ingest one with Dataset.read_csv or read_parquet"
+        raise DataError(f"{root} holds no dataset (no dataset.json); {hint}") from error
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(f"{root}/dataset.json is damaged ({error}); ingest the data again") from error
 
@@ -470,11 +496,15 @@ class Store:
         files = self.catalog.files()
         for name, content in files.items():
             write(self.root / name, content)
-        head = {"rows": self.rows, "sha256": _digest(Dataset(self.catalog, self.columns, range(self.rows))), "files": sorted(files)}
+        head = {
+            "rows": self.rows,
+            "sha256": _digest(Dataset(self.catalog, self.columns, range(self.rows))),
+            "files": sorted(files),
+        }
         write(self.root / "dataset.json", dumps(head))
 
 
-class writing:  # noqa: N801  (reads as the statement it is: ``with writing(...) as store``)
+class writing:
     """A folder written whole or not at all: rows and catalog go to a neighbour that is renamed at the end.
 
     The rows are allocated first, so a disk that cannot hold them says so before any work is done.
@@ -503,8 +533,7 @@ class writing:  # noqa: N801  (reads as the statement it is: ``with writing(...)
             return
         try:
             self.store.close()
-            shutil.rmtree(self.target, ignore_errors=True)
-            os.rename(self.root, self.target)
+            _swap(self.root, self.target)
         except OSError as failed:
             self._abandon()
             raise _storage(self.target, failed) from failed
@@ -512,6 +541,21 @@ class writing:  # noqa: N801  (reads as the statement it is: ``with writing(...)
     def _abandon(self) -> None:
         if hasattr(self, "root"):
             shutil.rmtree(self.root, ignore_errors=True)
+
+
+def _swap(new: Path, target: Path) -> None:
+    """Put ``new`` at ``target``; what stands there is put aside first and put back if that fails."""
+    aside = new.with_name(f"{new.name}.old")
+    if target.exists():
+        os.rename(target, aside)
+    try:
+        os.rename(new, target)
+    except OSError:
+        if aside.exists():
+            os.rename(aside, target)
+        raise
+    target.chmod(0o755)
+    shutil.rmtree(aside, ignore_errors=True)
 
 
 def _allocate(path: Path, schema: Schema, rows: int) -> None:
@@ -527,4 +571,5 @@ def _zeros(column: Column, rows: int) -> pa.Array:
 
 
 def _storage(path: Path, error: OSError) -> StorageError:
-    return StorageError(f"could not write the dataset {path}: {error.strerror or error}; free some room or name another folder")
+    remedy = "free some room or name another folder"
+    return StorageError(f"could not write the dataset {path}: {error.strerror or error}; {remedy}")

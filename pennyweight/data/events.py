@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 import os
 import sqlite3
 import threading
@@ -29,8 +30,6 @@ from pennyweight.data.schema import FIRST
 
 APPLICATION = 0x50454E59  # "PENY", in the header of the file: whose database this is
 VERSION = 1
-CHUNK = 65_536
-
 _SCHEMA = f"""
 CREATE TABLE event (
     seq INTEGER PRIMARY KEY,
@@ -46,6 +45,11 @@ CREATE INDEX event_user ON event (user, time, seq, item, liked);
 CREATE INDEX event_item ON event (item);
 PRAGMA application_id = {APPLICATION};
 PRAGMA user_version = {VERSION};
+"""
+
+
+_INSERT = """
+INSERT INTO event (id, user, item, kind, value, liked, time) VALUES (?, ?, ?, ?, ?, ?, ?) ON CONFLICT (id) DO NOTHING
 """
 
 
@@ -69,8 +73,12 @@ class Event:
             raise DataError(f"an event needs an id, a user and an item, got {self.id!r}, {self.user!r}, {self.item!r}")
         if (self.kind == "rating") != (self.value is not None):
             raise DataError(f"event {self.id!r}: a rating needs a value and nothing else has one, got {self.kind} {self.value}")
-        if self.value is not None and not np.isfinite(self.value):
+        if self.value is not None and not math.isfinite(self.value):
             raise DataError(f"event {self.id!r}: {self.value} is not a finite number")
+        if not 0 <= self.time < 2**63:
+            raise DataError(f"event {self.id!r}: time {self.time} is not in seconds since 1970")
+        if any("\ud800" <= c <= "\udfff" for c in self.id + self.user + self.item):
+            raise DataError(f"event {self.id!r}: id, user and item must be text that UTF-8 can hold")
 
 
 class EventLog:
@@ -102,11 +110,17 @@ class EventLog:
         Raises:
             StorageError: the disk is full or the file not writable; what was stored before is untouched.
         """
-        return self._insert(self._row(e) for e in events)
+        with self._lock, self._told("written"):
+            before = self._writer.total_changes
+            with self._writer:  # one transaction: committed at the end, rolled back on an error
+                self._writer.execute("BEGIN IMMEDIATE")
+                self._writer.executemany(_INSERT, (self._row(e) for e in events))
+            return self._writer.total_changes - before
 
     def history(self, user: str | int, limit: int, *, liked_only: bool = True) -> list[str]:
-        """The user's last ``limit`` items, oldest first, each once at its latest event; only those whose latest opinion is a
-        like, unless asked otherwise. A view is no opinion.
+        """The user's last ``limit`` items, oldest first, each once at its latest event.
+
+        Only items whose latest opinion is a like, unless ``liked_only`` is off; a view is no opinion.
         """
         opinion = "liked IS NOT NULL" if liked_only else "TRUE"
         query = f"SELECT item, liked FROM event WHERE user = ? AND {opinion} ORDER BY time DESC, seq DESC"
@@ -122,7 +136,8 @@ class EventLog:
 
     def users(self, prefix: str = "", limit: int = 20) -> list[tuple[str, int]]:
         """Users whose name starts with ``prefix`` and their number of events, the busiest first."""
-        query = "SELECT user, count(*) AS n FROM event WHERE user >= ? AND user < ? GROUP BY user ORDER BY n DESC, user LIMIT ?"
+        busiest = "GROUP BY user ORDER BY count(*) DESC, user LIMIT ?"
+        query = f"SELECT user, count(*) FROM event WHERE user >= ? AND user < ? {busiest}"
         return list(self._read(query, prefix, prefix + "\U0010ffff", limit))
 
     def __len__(self) -> int:
@@ -134,8 +149,8 @@ class EventLog:
 
         Event ids are ``prefix-row``, so importing the same frame again adds nothing.
         """
-        rows = ratings.select("user", "item", "rating", "time").iter_rows()
-        return self._insert(self._row(Event(f"{prefix}-{k}", str(u), str(i), "rating", r, t)) for k, (u, i, r, t) in enumerate(rows))
+        rows = enumerate(ratings.select("user", "item", "rating", "time").iter_rows())
+        return self.append(Event(f"{prefix}-{k}", str(u), str(i), "rating", r, t) for k, (u, i, r, t) in rows)
 
     def import_dataset(self, data: Dataset, prefix: str = "import") -> int:
         """Store the rows of a dataset as likes and dislikes (by its label), for the users and items it has names for.
@@ -147,14 +162,14 @@ class EventLog:
         time = next((c.name for c in data.schema.role("time")), None)
         names, items = data.catalog.vocabulary(user), data.catalog.vocabulary(item)
         if names.buckets or items.buckets:
-            raise DataError("users or items of this dataset are hashed, so their names are lost; import the raw ratings instead")
+            raise DataError("users or items of this dataset are hashed, their names lost; use import_ratings instead")
         rows = np.flatnonzero((data.column(user) >= FIRST) & (data.column(item) >= FIRST))
         known = data.take(rows)
         when = known.column(time).tolist() if time else [0] * len(rows)
         kinds = np.where(known.column(data.schema.label.name) > 0.5, "like", "dislike").tolist()
         people, things = names.decode(known.column(user)), items.decode(known.column(item))
         whole = zip(rows.tolist(), people, things, kinds, when, strict=True)
-        return self._insert(self._row(Event(f"{prefix}-{k}", str(u), str(i), kind, None, t)) for k, u, i, kind, t in whole)
+        return self.append(Event(f"{prefix}-{k}", str(u), str(i), kind, None, t) for k, u, i, kind, t in whole)
 
     def close(self) -> None:
         """Close all connections; the log can be opened again."""
@@ -173,15 +188,6 @@ class EventLog:
         opinion = {"like": 1, "dislike": 0, "view": None}
         liked = int(event.value >= self.liked) if event.value is not None else opinion[event.kind]
         return (event.id, event.user, event.item, event.kind, event.value, liked, event.time)
-
-    def _insert(self, rows: Iterable[tuple[Any, ...]]) -> int:
-        statement = "INSERT INTO event (id, user, item, kind, value, liked, time) VALUES (?, ?, ?, ?, ?, ?, ?) ON CONFLICT (id) DO NOTHING"
-        with self._lock, self._told("written"):
-            before = self._writer.total_changes
-            with self._writer:  # one transaction: committed at the end, rolled back on an error
-                self._writer.execute("BEGIN IMMEDIATE")
-                self._writer.executemany(statement, rows)
-            return self._writer.total_changes - before
 
     def _read(self, query: str, *values: Any) -> list[Any]:
         with self._told("read"):
@@ -210,7 +216,7 @@ class EventLog:
             raise DataError(f"{self.path} is an event log of version {version}; this one reads version {VERSION}")
         fault = run("PRAGMA quick_check(1)").fetchone()[0]
         if fault != "ok":
-            raise DataError(f"the event log {self.path} is damaged ({fault}); restore a copy, or move it away to begin anew")
+            raise self._damaged(fault)
         run("PRAGMA journal_mode = WAL")
         run("PRAGMA synchronous = FULL")
         if fresh:
@@ -221,9 +227,13 @@ class EventLog:
         """Turn SQLite's errors into ours."""
         try:
             yield
-        except sqlite3.OperationalError as error:
-            raise StorageError(f"the event log {self.path} could not be {done}: {error}; free some room or check the permissions") from error
+        except sqlite3.ProgrammingError as error:
+            raise StorageError(f"the event log {self.path} is closed; open it again") from error
+        except (sqlite3.OperationalError, OSError) as error:
+            remedy = "free some room, check the permissions, or end the process that holds it"
+            raise StorageError(f"the event log {self.path} could not be {done} ({error}); {remedy}") from error
         except sqlite3.DatabaseError as error:
-            raise DataError(f"the event log {self.path} is damaged ({error}); restore a copy, or move it away to begin anew") from error
-        except OSError as error:
-            raise StorageError(f"the event log {self.path} could not be {done}: {error.strerror}; name another place") from error
+            raise self._damaged(error) from error
+
+    def _damaged(self, fault: object) -> DataError:
+        return DataError(f"the event log {self.path} is damaged ({fault}); restore a copy, or move it away to begin anew")

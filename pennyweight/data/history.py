@@ -41,11 +41,23 @@ def ends(user: Array, time: Array | None = None, least: int = 1) -> tuple[npt.ND
     return order, last[np.diff(last, prepend=-1) >= least]
 
 
+def held_out(user: Array, time: Array | None = None) -> npt.NDArray[np.int8]:
+    """The part of each row when users' last rows are left out: 2 the last, 1 the one before, 0 all others.
+
+    Users with fewer than three rows keep all of them in part 0.
+    """
+    order, last = ends(user, time, least=3)
+    part = np.zeros(len(user), np.int8)
+    part[order[last]], part[order[last - 1]] = 2, 1
+    return part
+
+
 def _first(*keys: Array) -> npt.NDArray[np.int64]:
     """For each row of sorted keys, the number of the first row with the same keys."""
     new = np.ones(len(keys[0]), bool)
     new[1:] = np.logical_or.reduce([k[1:] != k[:-1] for k in keys])
-    return np.flatnonzero(new)[np.cumsum(new) - 1]
+    first: npt.NDArray[np.int64] = np.flatnonzero(new)[np.cumsum(new) - 1]
+    return first
 
 
 def _windows(stream: Array, begin: Array, end: Array, length: int) -> npt.NDArray[np.int32]:

@@ -25,9 +25,9 @@ import pyarrow as pa
 import pyarrow.ipc
 
 from pennyweight.core.errors import ConfigError, DataError, StorageError
-from pennyweight.data.catalog import Catalog, Vocabulary, pad
+from pennyweight.data.catalog import Catalog, Ids, Vocabulary, pad
 from pennyweight.data.dataset import Dataset, check, storage, writing
-from pennyweight.data.schema import FIRST, OOV, Column, Kind, Role, Schema
+from pennyweight.data.schema import FIRST, Column, Kind, Role, Schema
 
 CHUNK = 65_536
 """Rows that are in memory at a time."""
@@ -89,11 +89,13 @@ def read_csv(
     separator: str = ",",
     header: bool = True,
     vocabularies: Mapping[str, Vocabulary] | None = None,
+    items: pl.DataFrame | None = None,
 ) -> Dataset:
     """Ingest UTF-8 CSV files, plain or gzipped, one after the other, into the folder ``out``.
 
     Without a ``header`` the columns are called ``column_1``, ``column_2`` and so on. ``vocabularies`` by column name are used
-    as they are instead of learned (for a test file: those of the training file's catalog).
+    as they are instead of learned (for a test file: those of the training file's catalog). ``items`` is what there is to
+    show of items, see ``Dataset.described``.
 
     Raises:
         DataError: a file or column is missing, a file is truncated or not UTF-8, a value is of the wrong type or missing, a
@@ -107,6 +109,7 @@ def read_csv(
         columns,
         out,
         vocabularies or {},
+        items,
     )
 
 
@@ -116,10 +119,11 @@ def read_parquet(
     out: str | os.PathLike[str],
     *,
     vocabularies: Mapping[str, Vocabulary] | None = None,
+    items: pl.DataFrame | None = None,
 ) -> Dataset:
     """Ingest Parquet files into the folder ``out``; see ``read_csv``. A sequence may be a list column."""
     files = _files(paths)
-    return _ingest(lambda: pl.scan_parquet(files, glob=False), files, columns, out, vocabularies or {})
+    return _ingest(lambda: pl.scan_parquet(files, glob=False), files, columns, out, vocabularies or {}, items)
 
 
 def _files(paths: Paths) -> list[Path]:
@@ -138,6 +142,7 @@ def _ingest(
     columns: Sequence[ColumnSpec],
     out: str | os.PathLike[str],
     given: Mapping[str, Vocabulary],
+    items: pl.DataFrame | None,
 ) -> Dataset:
     target = Path(out)
     _consistent(columns)
@@ -146,11 +151,12 @@ def _ingest(
         with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as folder:
             raw = Raw(_sink(scan, files, columns, Path(folder) / "raw.arrow"), columns)
             vocabularies = {**_vocabularies(raw, [c for c in columns if c.name not in given]), **given}
-            return _encode(raw, columns, vocabularies, target)
+            return _encode(raw, columns, vocabularies, items, target)
     except OSError as error:
         if isinstance(error, StorageError):
             raise
-        raise StorageError(f"could not write near {target}: {error.strerror or error}; free some room or name another folder") from error
+        remedy = "free some room or name another folder"
+        raise StorageError(f"could not write near {target}: {error.strerror or error}; {remedy}") from error
 
 
 def _consistent(columns: Sequence[ColumnSpec]) -> None:
@@ -158,7 +164,8 @@ def _consistent(columns: Sequence[ColumnSpec]) -> None:
     for c in columns:
         owner = names.get(c.shares)
         if c.shares and (owner is None or not owner.coded or owner.shares):
-            raise ConfigError(f"column {c.name!r} shares the vocabulary of {c.shares!r}, which is not a column with one of its own")
+            rule = "which is not a column with one of its own"
+            raise ConfigError(f"column {c.name!r} shares the vocabulary of {c.shares!r}, {rule}")
 
 
 def _sink(scan: Callable[[], pl.LazyFrame], files: Sequence[Path], columns: Sequence[ColumnSpec], raw: Path) -> Path:
@@ -196,7 +203,8 @@ class Raw:
     def __init__(self, path: Path, columns: Sequence[ColumnSpec]) -> None:
         self.columns = columns
         self._path = path
-        self.rows = sum(len(f) for _, f in self.chunks())
+        with pa.OSFile(str(path)) as file:
+            self.rows = pa.ipc.open_file(file).count_rows()
         if not self.rows:
             raise DataError("the files hold a header and no rows; give a file with rows")
 
@@ -206,7 +214,7 @@ class Raw:
         with pa.OSFile(str(self._path)) as file:
             reader = pa.ipc.open_file(file)
             for k in range(reader.num_record_batches):
-                frame = pl.DataFrame(pl.from_arrow(pa.Table.from_batches([reader.get_batch(k)])))
+                frame = pl.DataFrame(reader.get_batch(k))
                 yield at, frame
                 at += len(frame)
 
@@ -231,23 +239,27 @@ def _count(counts: pl.DataFrame, values: Sequence[pl.Series]) -> pl.DataFrame:
 
 def _learn(column: ColumnSpec, counts: pl.DataFrame) -> Vocabulary:
     kept = counts.filter(pl.col("n") >= column.min_count)
-    if column.size and len(kept) + FIRST > column.size:
-        if column.overflow == "error":
-            raise DataError(
-                f"column {column.name!r}: vocabulary overflow, {len(kept)} distinct values and {FIRST} reserved ids in a size of "
-                f"{column.size}; raise size or min_count, or set overflow='oov' or hashed=True"
-            )
+    if column.size and len(kept) + FIRST > column.size and column.overflow == "error":
+        raise DataError(
+            f"column {column.name!r}: vocabulary overflow, {len(kept)} values and {FIRST} reserved ids in a size of "
+            f"{column.size}; raise size or min_count, or set overflow='oov' or hashed=True"
+        )
     vocabulary = Vocabulary.learn(kept)
     return vocabulary.head(column.size - FIRST) if column.size else vocabulary
 
 
-def _encode(raw: Raw, columns: Sequence[ColumnSpec], vocabularies: Mapping[str, Vocabulary], out: Path) -> Dataset:
+def _encode(
+    raw: Raw, columns: Sequence[ColumnSpec], vocabularies: Mapping[str, Vocabulary], items: pl.DataFrame | None, out: Path
+) -> Dataset:
     schema = Schema(tuple(_column(c, vocabularies) for c in columns))
-    with writing(out, Catalog(schema, {n: v for n, v in vocabularies.items() if n in schema}), raw.rows) as store:
+    catalog = Catalog(schema, {n: v for n, v in vocabularies.items() if n in schema})
+    with writing(out, catalog, raw.rows) as store:
         for at, frame in raw.chunks():
             for spec, column in zip(columns, schema.columns, strict=True):
                 values = _coded(spec, column, frame, vocabularies) if spec.coded else _numbers(spec, column, frame, at)
                 store.put(at, {spec.name: values})
+        whole = Dataset(catalog, store.columns, range(raw.rows)).counted()
+        store.catalog = (whole if items is None else whole.described(items)).catalog
     return Dataset.open(out)
 
 
@@ -278,10 +290,11 @@ def _plain(spec: ColumnSpec, series: pl.Series) -> pl.Series:
         return series
     if series.dtype in (pl.Categorical, pl.Enum, pl.Boolean):
         return series.cast(pl.String)
-    raise DataError(f"column {spec.name!r} holds {series.dtype}; a {spec.kind} column needs whole numbers or texts, cast it first")
+    rule = f"a {spec.kind} column needs whole numbers or texts"
+    raise DataError(f"column {spec.name!r} holds {series.dtype}; {rule}, cast it first")
 
 
-def _coded(spec: ColumnSpec, column: Column, frame: pl.DataFrame, vocabularies: Mapping[str, Vocabulary]) -> npt.NDArray[np.int64]:
+def _coded(spec: ColumnSpec, column: Column, frame: pl.DataFrame, vocabularies: Mapping[str, Vocabulary]) -> Ids:
     values, counts = _values(spec, frame)
     ids = vocabularies[spec.shares or spec.name].encode(values)
     return pad(ids, counts, column) if spec.kind == "sequence" else ids
@@ -298,13 +311,15 @@ def _numbers(spec: ColumnSpec, column: Column, frame: pl.DataFrame, at: int) -> 
 def _number(spec: ColumnSpec, column: Column, series: pl.Series, at: int) -> npt.NDArray[Any]:
     kind = pl.Float32 if storage(column) is np.float32 else pl.Int64
     numbers = _seconds(series) if spec.role == "time" else series.cast(kind, strict=False)
+    noun = spec.role if spec.role in ("label", "time") else "number"
     wrong = (numbers.is_null() & series.is_not_null()).arg_true()
     if len(wrong):
         row = int(wrong[0])
-        raise DataError(f"column {spec.name!r}, row {at + row}: {series[row]!r} is not a {'time' if spec.role == 'time' else 'number'}; {len(wrong)} such value(s) in this chunk, correct or drop them")
+        many = f"{len(wrong)} such value(s) here, correct or drop them"
+        raise DataError(f"column {spec.name!r}, row {at + row}: {series[row]!r} is not a {noun}; {many}")
     if numbers.null_count() and spec.fill is None:
         row = int(numbers.is_null().arg_true()[0])
-        raise DataError(f"column {spec.name!r}, row {at + row}: the {spec.role if spec.role in ('label', 'time') else 'number'} is missing; drop such rows or give fill")
+        raise DataError(f"column {spec.name!r}, row {at + row}: the {noun} is missing; drop such rows or give fill")
     return numbers.fill_null(spec.fill).to_numpy() if numbers.null_count() else numbers.to_numpy()
 
 

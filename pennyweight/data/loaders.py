@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import gzip
+import itertools
 import json
 import os
 import zlib
@@ -23,7 +24,7 @@ import polars as pl
 from pennyweight.core.errors import ConfigError, DataError
 from pennyweight.data.catalog import Ids, Vocabulary, pad
 from pennyweight.data.dataset import Array, Dataset, Split
-from pennyweight.data.history import ends, histories
+from pennyweight.data.history import ends, held_out, histories
 from pennyweight.data.schema import FIRST, Column, Role, Schema
 
 Place = str | os.PathLike[str]
@@ -53,30 +54,32 @@ def frappe(path: Place, out: Place) -> Split:
     parts = [_csv(Path(path) / f"{part}.csv.gz") for part in ("train", "valid", "test")]
     names = parts[0].columns
     if names[:3] != ["label", "user", "item"] or any(p.columns != names for p in parts):
-        raise DataError(f"{path}: the files' headers are {[p.columns for p in parts]}; label,user,item,... in all three is needed")
+        raise DataError(f"{path}: headers are {[p.columns for p in parts]}; label,user,item,... in all three is needed")
     words = {n: _learned(parts[0][n]) for n in names[1:]}
     whole = pl.concat(parts)
     columns: dict[str, Array] = {n: words[n].encode(whole[n]) for n in words} | {"label": whole["label"].to_numpy()}
     roles: Mapping[str, Role] = {"user": "user", "item": "item"}
-    schema = Schema((*(_id(n, w, roles.get(n, "context")) for n, w in words.items()), Column("label", "label", "numeric")))
+    features = [_id(n, w, roles.get(n, "context")) for n, w in words.items()]
+    schema = Schema((*features, Column("label", "label", "numeric")))
     return _parted(columns, schema, words, np.repeat(range(3), [len(p) for p in parts]), out)
 
 
-def ml_1m(path: Place, out: Place, *, form: Literal["sequences", "pairs", "ratings"] = "sequences", length: int = 200) -> Split:
+def ml_1m(path: Place, out: Place, *, form: Literal["sequences", "pairs", "ratings"] = "sequences", length: int = 0) -> Split:
     """MovieLens 1M, the last interaction of each user to test and the one before to valid.
 
     ``sequences`` and ``pairs`` read SASRec's own ``sasrec.txt.gz`` (``user item`` in time order; every rating counts).
     ``sequences`` has a row a user and part: an item and the ``length`` items before it; the row of train is all one needs
     to train on, since inside it each item is the answer to those before. ``pairs`` has every interaction. ``ratings`` reads
-    ``ratings.csv.gz``, ``users.dat`` and ``movies.dat``: label 1 for 4 stars or more, side features, liked history.
+    ``ratings.csv.gz``, ``users.dat`` and ``movies.dat``: label 1 for 4 stars or more, side features, liked history. A
+    history's ``length`` is 200, as in SASRec, or 50 with ``ratings``.
     """
     root = Path(path)
     if form == "ratings":
-        return _ml_1m_ratings(root, out, length)
+        return _ratings(root, out, length or 50)
     pairs = _csv(root / "sasrec.txt.gz", separator=" ", header=False)
     if pairs.width != 2:
         raise DataError(f"{root / 'sasrec.txt.gz'}: {pairs.width} numbers a line; a user and an item are needed")
-    return _interactions(pairs[:, 0].to_numpy(), pairs[:, 1].to_numpy(), out, form, length)
+    return _interactions(pairs[:, 0].to_numpy(), pairs[:, 1].to_numpy(), out, form, length or 200)
 
 
 def amazon_beauty(path: Place, out: Place, *, form: Literal["sequences", "pairs"] = "sequences", length: int = 50) -> Split:
@@ -102,7 +105,8 @@ def gowalla(path: Place, out: Place, *, holdout: float = 0.05, seed: int = 0) ->
     part = np.repeat([TRAIN, TEST], [len(p[0]) for p in parts])
     part[: len(parts[0][0])][np.random.default_rng(seed).random(len(parts[0][0])) < holdout] = VALID
     users, items = _numbered(user), _numbered(item)
-    columns = {"user": users.encode(user), "item": items.encode(item), "label": np.ones(len(user), np.float32)}
+    columns: dict[str, Array] = {"user": users.encode(user), "item": items.encode(item)}
+    columns["label"] = np.ones(len(user), np.float32)
     schema = Schema((_id("user", users, "user"), _id("item", items, "item"), Column("label", "label", "numeric")))
     return _parted(columns, schema, {"user": users, "item": items}, part, out)
 
@@ -115,7 +119,12 @@ def credit_default(path: Place, out: Place, *, seed: int = 0) -> Split:
     """
     file = Path(path) / "UCI_Credit_Card.csv"
     frame = _csv(file)
-    coded = ["SEX", "EDUCATION", "MARRIAGE", *(c for c in frame.columns if c.startswith("PAY_") and not c.startswith("PAY_AMT"))]
+    coded = [
+        "SEX",
+        "EDUCATION",
+        "MARRIAGE",
+        *(c for c in frame.columns if c.startswith("PAY_") and not c.startswith("PAY_AMT")),
+    ]
     label = frame.columns[-1]
     numbers = [c for c in frame.columns[1:-1] if c not in coded]
     if len(coded) + len(numbers) != 23 or not set(coded) <= set(frame.columns):
@@ -129,11 +138,12 @@ def credit_default(path: Place, out: Place, *, seed: int = 0) -> Split:
 
 
 def mnist(path: Place, out: Place, *, seed: int = 0) -> Split:
-    """5,000 handwritten digits: ``x`` holds 784 pixels from 0 to 1, the label is one of 10 classes; 3,500/500/1,000, stratified."""
+    """5,000 handwritten digits: ``x`` is 784 pixels from 0 to 1, the label one of 10 classes; 3,500/500/1,000, stratified."""
     file = Path(path) / "mnist_5k.csv.gz"
     table = _csv(file, header=False).to_numpy()
     if table.shape[1] != 785 or table.min() < 0 or table[:, :784].max() > 255 or table[:, 784].max() > 9:
-        raise DataError(f"{file}: {table.shape[1]} numbers a line from {table.min()} to {table.max()}; 784 pixels (0-255) and a digit are needed")
+        found = f"{table.shape[1]} numbers a line from {table.min()} to {table.max()}"
+        raise DataError(f"{file}: {found}; 784 pixels (0-255) and a digit are needed")
     columns = {"x": (table[:, :784] / 255).astype(np.float32), "label": table[:, 784]}
     schema = Schema((Column("x", "context", "numeric", 0, 784), Column("label", "label", "numeric", 10)))
     return _parted(columns, schema, {}, _stratified(columns["label"], (0.7, 0.1, 0.2), seed), out)
@@ -187,52 +197,81 @@ def _interactions(
         raise ConfigError(f"unknown form {form!r}; known: sequences, pairs")
     users, items = _numbered(user), _numbered(item)
     who, what, ones = users.encode(user), items.encode(item), np.ones(len(user), np.float32)
-    order, last = ends(user, least=3)
-    part = np.zeros(len(user), np.int8)
-    part[order[last]], part[order[last - 1]] = TEST, VALID
-    columns: dict[str, Array] = {"user": who, "item": what, "label": ones, "time": _position(order, user)}
+    part, words = held_out(user), {"user": users, "item": items}
+    columns: dict[str, Array] = {"user": who, "item": what, "label": ones, "time": _position(user)}
     features = [_id("user", users, "user"), _id("item", items, "item"), *_LABEL_TIME]
-    words = {"user": users, "item": items}
-    table: dict[str, Array] = {"item": np.arange(FIRST, items.size), "popularity": np.bincount(what[part == TRAIN], minlength=items.size)[FIRST:]}
+    facts: dict[str, Array] = {}
     if attributes is not None:
         words["attribute"], column, values = _attribute(items, attributes)
-        columns["attribute"], table["attribute"] = values[what], values[FIRST:]
+        columns["attribute"], facts["attribute"] = values[what], values[FIRST:]
         features.append(column)
+    table = _items(items, what[part == TRAIN], facts)
     if form == "sequences":
+        order, last = ends(user, least=3)
         rows = np.concatenate([order[last - 2], order[last - 1], order[last]])
-        columns = {n: c[rows] for n, c in columns.items()}
+        columns, part = {n: c[rows] for n, c in columns.items()}, part[rows]
         columns["history"] = histories(who, what, None, ones > 0, length, rows)
         features.append(Column("history", "user", "sequence", items.size, length, shares="item"))
-        part = part[rows]
-    return _parted(columns, Schema(tuple(features)), words, part, out, pl.DataFrame(table))
+    return _parted(columns, Schema(tuple(features)), words, part, out, table)
 
 
-def _ml_1m_ratings(root: Path, out: Place, length: int) -> Split:
+@dataclasses.dataclass(frozen=True, eq=False)
+class Side:
+    """Side features of users or items: a row for each of ``key``."""
+
+    key: pl.Series
+    words: dict[str, Vocabulary]
+    facts: dict[str, Array]
+    columns: tuple[Column, ...]
+
+    def of(self, wanted: pl.Series) -> dict[str, Array]:
+        """The features of each wanted key."""
+        rows = _place(self.key, wanted)
+        return {name: fact[rows] for name, fact in self.facts.items()}
+
+
+def _ratings(root: Path, out: Place, length: int) -> Split:
+    """MovieLens 1M with its ratings and the side features of users and movies."""
     ratings = _csv(root / "ratings.csv.gz")
     _named(root / "ratings.csv.gz", ratings, ("user_id", "position", "movie_id", "rating"))
-    people = _fields(root / "users.dat", "::", ("user", "gender", "age", "occupation", "zip"))
-    movies = _fields(root / "movies.dat", "::", ("item", "title", "genres"))
-    movies = movies.with_columns(pl.col("title").str.extract(r"\((\d{4})\)$").alias("year"), pl.col("genres").str.split("|"))
-    words = {"user": _numbered(ratings["user_id"].to_numpy()), "item": _learned(ratings["movie_id"]), "genre": _learned(movies["genres"].explode())}
-    words |= {"year": _learned(movies["year"])} | {n: _learned(people[n]) for n in ("gender", "age", "occupation")}
-    genre = Column("genre", "item", "sequence", words["genre"].size, int(movies["genres"].list.len().max()))  # type: ignore[arg-type]
-    facts = {
-        "genre": pad(words["genre"].encode(movies["genres"].explode()), movies["genres"].list.len().to_numpy(), genre),
-        "year": words["year"].encode(movies["year"]),
-    }
-    who, what = (words[n].encode(ratings[c]) for n, c in (("user", "user_id"), ("item", "movie_id")))
-    person, movie = _place(people["user"], ratings["user_id"]), _place(movies["item"], ratings["movie_id"])
-    liked, time = (ratings["rating"] >= 4).to_numpy(), ratings["position"].to_numpy()
-    columns = {"user": who, **{n: words[n].encode(people[n])[person] for n in ("gender", "age", "occupation")}}
-    columns |= {"item": what, **{n: f[movie] for n, f in facts.items()}, "history": histories(who, what, time, liked, length)}
-    columns |= {"label": liked, "time": time}
-    features = [*(_id(n, words[n], "user") for n in ("user", "gender", "age", "occupation")), _id("item", words["item"], "item")]
-    features += [genre, _id("year", words["year"], "item"), Column("history", "user", "sequence", words["item"].size, length, shares="item")]
-    schema = Schema((*features, *_LABEL_TIME))
-    order, last = ends(who, time, least=3)
-    part = np.zeros(len(who), np.int8)
-    part[order[last]], part[order[last - 1]] = TEST, VALID
-    return _parted(columns, schema, words, part, out)
+    (movies, shown), people = _movies(root / "movies.dat"), _people(root / "users.dat")
+    user, item, time = ratings["user_id"], ratings["movie_id"], ratings["position"].to_numpy()
+    users, items, liked = _numbered(user.to_numpy()), _numbered(item.to_numpy()), (ratings["rating"] >= 4).to_numpy()
+    who, what = users.encode(user), items.encode(item)
+    columns = {"user": who, **people.of(user), "item": what, **movies.of(item), "label": liked, "time": time}
+    columns["history"] = histories(who, what, time, liked, length)
+    history = Column("history", "user", "sequence", items.size, length, shares="item")
+    features = [_id("user", users, "user"), *people.columns, _id("item", items, "item"), *movies.columns, *_LABEL_TIME, history]
+    words, part = {"user": users, **people.words, "item": items, **movies.words}, held_out(who, time)
+    values = pl.Series("movie_id", items.values)
+    table = _items(items, what[part == TRAIN], movies.of(values)).hstack(shown[_place(movies.key, values)])
+    return _parted(columns, Schema(tuple(features)), words, part, out, table)
+
+
+def _people(file: Path) -> Side:
+    people = _fields(file, "::", ("user", "gender", "age", "occupation", "zip"))
+    words = {n: _learned(people[n]) for n in ("gender", "age", "occupation")}
+    facts = {n: w.encode(people[n]) for n, w in words.items()}
+    return Side(people["user"], words, facts, tuple(_id(n, w, "user") for n, w in words.items()))
+
+
+def _movies(file: Path) -> tuple[Side, pl.DataFrame]:
+    """Features of movies, and what to show of them."""
+    movies = _fields(file, "::", ("item", "title", "genres"))
+    genres, year = movies["genres"].str.split("|"), movies["title"].str.extract(r"\((\d{4})\)$")
+    flat, counts = genres.explode(), genres.list.len().to_numpy()
+    words = {"genre": _learned(flat), "era": _learned(year)}
+    genre = Column("genre", "item", "sequence", words["genre"].size, int(counts.max()))
+    facts = {"genre": pad(words["genre"].encode(flat), counts, genre), "era": words["era"].encode(year)}
+    title = movies["title"].str.replace(r"\s*\(\d{4}\)$", "")
+    shown = pl.DataFrame({"title": title, "genres": genres.list.join(", "), "year": year.cast(pl.Int64)})
+    return Side(movies["item"], words, facts, (genre, _id("era", words["era"], "item"))), shown
+
+
+def _items(items: Vocabulary, train: Ids, facts: Mapping[str, Array]) -> pl.DataFrame:
+    """The table of all items: ids, popularity in these rows, and features in the order of ids."""
+    counts = np.bincount(train, minlength=items.size)[FIRST:]
+    return pl.DataFrame({"item": np.arange(FIRST, items.size), **facts, "popularity": counts})
 
 
 def _attribute(items: Vocabulary, attributes: Mapping[int, Sequence[int]]) -> tuple[Vocabulary, Column, Ids]:
@@ -269,7 +308,7 @@ def _parted(
     order = np.argsort(part, kind="stable")
     data = Dataset.from_arrays({n: c[order] for n, c in columns.items()}, schema, words, items).save(out)
     edges = np.searchsorted(part[order], range(4))
-    train, valid, test = (data.take(slice(int(a), int(b))) for a, b in zip(edges, edges[1:], strict=False))
+    train, valid, test = (data.take(slice(int(a), int(b))) for a, b in itertools.pairwise(edges))
     for name, view in zip(Split._fields, (train, valid, test), strict=True):
         if not len(view):
             raise DataError(f"the split leaves {name} empty ({len(data)} rows); the files are not whole")
@@ -289,8 +328,9 @@ def _stratified(label: Array, fractions: Sequence[float], seed: int) -> Array:
     return part
 
 
-def _position(order: Ids, user: Ids) -> Ids:
-    """The place of each row in its user's history; ``order`` sorts rows by user and time."""
+def _position(user: Ids) -> Ids:
+    """The place of each row among its user's, in the order they stand."""
+    order = np.argsort(user, kind="stable")
     people = user[order]
     position = np.empty(len(user), np.int64)
     position[order] = np.arange(len(user)) - np.searchsorted(people, people)
@@ -345,8 +385,9 @@ def _csv(file: Path, *, separator: str = ",", header: bool = True) -> pl.DataFra
         raise DataError(f"{file} cannot be read ({str(error).splitlines()[0]}); fetch it again") from error
     for column in frame:
         if not column.dtype.is_numeric() or column.null_count():
-            row = int((column.is_null() if column.dtype.is_numeric() else column.cast(pl.Float64, strict=False).is_null()).arg_max() or 0)
-            raise DataError(f"{file}: column {column.name!r}, row {row}: {column[row]!r} is not a number; the file is not the documented one")
+            row = int(column.cast(pl.Float64, strict=False).is_null().arg_max() or 0)
+            what = f"column {column.name!r}, row {row}: {column[row]!r} is not a number"
+            raise DataError(f"{file}: {what}; correct it, or fetch the file again")
     return frame
 
 
@@ -367,7 +408,8 @@ def _fields(file: Path, separator: str, names: tuple[str, ...]) -> pl.DataFrame:
     parts = [line.split(separator) for line in lines]
     wrong = next((k for k, p in enumerate(parts) if len(p) != len(names)), None)
     if wrong is not None:
-        raise DataError(f"{file}, line {wrong + 1}: {len(parts[wrong])} fields, {len(names)} are needed ({separator.join(names)})")
+        needed = f"{len(names)} are needed ({separator.join(names)})"
+        raise DataError(f"{file}, line {wrong + 1}: {len(parts[wrong])} fields, {needed}")
     return pl.DataFrame(parts, schema=list(names), orient="row")
 
 
@@ -379,7 +421,9 @@ def _place(keys: pl.Series, wanted: pl.Series) -> Ids:
     """
     rows = Vocabulary.of(keys).encode(wanted) - FIRST
     if (rows < 0).any():
-        raise DataError(f"{wanted.name} {wanted[int(np.argmin(rows))]} has no line in the file of side features; fetch it again")
+        raise DataError(
+            f"{wanted.name} {wanted[int(np.argmin(rows))]} has no line in the file of side features; fetch it again"
+        )
     return rows
 
 
@@ -390,7 +434,7 @@ def _baskets(file: Path) -> tuple[Ids, Ids]:
     numbers = lists.explode().cast(pl.Int64, strict=False)
     if numbers.null_count():
         line = int(np.searchsorted(np.cumsum(counts), int(numbers.is_null().arg_max() or 0), side="right"))
-        raise DataError(f"{file}, line {line + 1}: not whole numbers with one space between them: {lists[line].to_list()[:5]}")
+        raise DataError(f"{file}, line {line + 1}: {lists[line].to_list()[:5]} ... are not all whole numbers")
     flat, heads = numbers.to_numpy(), np.cumsum(counts) - counts
     return np.repeat(flat[heads], counts - 1), np.delete(flat, heads)
 

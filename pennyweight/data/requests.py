@@ -62,8 +62,8 @@ class Trace:
     def sample(cls, source: Dataset | Catalog, n: int, candidates: int, seed: int = 0) -> Trace:
         """``n`` requests with ``candidates`` distinct items each (all items where there are fewer).
 
-        From a dataset, each takes the user, history, context and time of a random row, in time order; from a catalog alone,
-        users are drawn evenly and histories by popularity.
+        From a dataset, each takes the user, history, context and time of a random row, in time order; from a catalog
+        alone, users are drawn evenly and histories by popularity.
 
         Raises:
             DataError: the source has no items.
@@ -73,7 +73,8 @@ class Trace:
         rng = np.random.default_rng(seed)
         catalog = source if isinstance(source, Catalog) else source.catalog
         askers = _rows(source, n, rng) if isinstance(source, Dataset) else _users(source, n, rng)
-        return cls(tuple(dataclasses.replace(a, items=tuple(_draw(catalog, candidates, rng).tolist())) for a in askers))
+        drawn = (tuple(_draw(catalog, candidates, rng).tolist()) for _ in askers)
+        return cls(tuple(dataclasses.replace(a, items=items) for a, items in zip(askers, drawn, strict=True)))
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write one JSON object a line."""
@@ -90,7 +91,9 @@ class Trace:
             lines = Path(path).read_text("utf-8").splitlines()
             return cls(tuple(decode(Request, json.loads(line), f"{path}:{k}") for k, line in enumerate(lines, 1)))
         except OSError as error:
-            raise DataError(f"{path} cannot be read: {error.strerror}; make a trace with Trace.sample(...).save(path)") from error
+            raise DataError(
+                f"{path} cannot be read: {error.strerror}; make a trace with Trace.sample(...).save(path)"
+            ) from error
         except (ConfigError, ValueError) as error:
             raise DataError(f"{path} is not a trace: {error}") from error
 
@@ -117,16 +120,20 @@ def _rows(data: Dataset, n: int, rng: np.random.Generator) -> list[Request]:
 
 
 def _asker(catalog: Catalog, row: Mapping[str, Any], time: str | None) -> Request:
-    schema, history = catalog.schema, catalog.schema.history
-    user = next((c.name for c in schema.role("user") if c.kind == "categorical"), None)
+    schema, history, user = catalog.schema, catalog.schema.history, _named_user(catalog)
     given = [c for c in schema.role("user", "context") if c.name != user and c != history]
     return Request(
-        user=catalog.vocabulary(user).decode(row[user][None])[0] if user in catalog.vocabularies else None,
+        user=catalog.vocabulary(user).decode(row[user][None])[0] if user else None,
         history=tuple(row[history.name][row[history.name] > 0].tolist()) if history else (),
         items=(),
         context={c.name: _value(catalog, c.name, row[c.name]) for c in given},
         time=int(row[time]) if time else None,
     )
+
+
+def _named_user(catalog: Catalog) -> str | None:
+    """The column that names users, if there is one."""
+    return next((c.name for c in catalog.schema.role("user") if c.kind == "categorical"), None)
 
 
 def _value(catalog: Catalog, name: str, stored: Any) -> Any:
@@ -138,7 +145,10 @@ def _value(catalog: Catalog, name: str, stored: Any) -> Any:
 
 
 def _users(catalog: Catalog, n: int, rng: np.random.Generator) -> list[Request]:
-    size = catalog.schema.user.size
-    names: list[Value | None] = catalog.vocabulary(catalog.schema.user.name).decode(rng.integers(FIRST, size, n))
+    user = _named_user(catalog)
+    names: list[Value | None] = [None] * n
+    if user:
+        names = catalog.vocabulary(user).decode(rng.integers(FIRST, catalog.schema[user].size, n))
     length = catalog.schema.history.length if catalog.schema.history else 0
-    return [Request(user, tuple(_draw(catalog, int(k), rng).tolist()) if k else (), ()) for user, k in zip(names, rng.integers(0, length + 1, n), strict=True)]
+    lengths = rng.integers(0, length + 1, n).tolist()
+    return [Request(u, tuple(_draw(catalog, k, rng).tolist()) if k else (), ()) for u, k in zip(names, lengths, strict=True)]

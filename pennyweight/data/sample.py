@@ -22,7 +22,7 @@ import polars as pl
 
 from pennyweight.core.errors import DataError
 from pennyweight.data.catalog import Vocabulary, pad
-from pennyweight.data.dataset import Dataset
+from pennyweight.data.dataset import Array, Dataset
 from pennyweight.data.history import histories
 from pennyweight.data.schema import FIRST, Column, Schema
 
@@ -65,12 +65,13 @@ def prepare(out: str | os.PathLike[str], *, path: str | os.PathLike[str] | None 
         )
     )
     item, time, liked = items.encode(ratings["item"]), ratings["time"].to_numpy(), ratings["rating"].to_numpy() >= LIKED
+    named, counts = movies["genres"].explode(empty_as_null=False), movies["genres"].list.len().to_numpy()
     facts = {
-        "genre": pad(genres.encode(movies["genres"].explode(empty_as_null=False)), movies["genres"].list.len().to_numpy(), schema["genre"]),
+        "genre": pad(genres.encode(named), counts, schema["genre"]),
         "era": eras.encode(_era(movies["year"])),
     }
     rated = np.searchsorted(movies["item"].to_numpy(), ratings["item"].to_numpy())
-    columns = {
+    columns: dict[str, Array] = {
         "user": users.encode(ratings["user"]),
         "item": item,
         **{name: fact[rated] for name, fact in facts.items()},

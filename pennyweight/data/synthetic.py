@@ -94,7 +94,8 @@ class Clicks:
 
     @functools.cached_property
     def _slopes(self) -> Floats:
-        return np.random.default_rng((self.seed, 2)).normal(0, self.strength, self.numbers) / max(1, self.numbers) ** 0.5
+        rng = np.random.default_rng((self.seed, 2))
+        return rng.normal(0, self.strength / max(1, self.numbers) ** 0.5, self.numbers)
 
     @functools.cached_property
     def _odds(self) -> list[Floats]:
@@ -108,15 +109,18 @@ class Clicks:
 
     def _chunk(self, at: int) -> dict[str, Array]:
         rng = np.random.default_rng((self.seed, 3, at))
-        columns: dict[str, Array] = {
-            n: np.minimum(np.searchsorted(odds, rng.random(CHUNK)), len(odds) - 1) + FIRST for n, odds in zip(self.names, self._odds, strict=True)
-        }
+        columns: dict[str, Array] = {n: _ranks(rng, odds) + FIRST for n, odds in zip(self.names, self._odds, strict=True)}
         if self.numbers:
             columns["numbers"] = rng.normal(size=(CHUNK, self.numbers)).astype(np.float32)
         chance = 1 / (1 + np.exp(-self.logits(columns)))
         columns["label"] = (rng.random(CHUNK) < chance).astype(np.float32)
         columns["time"] = np.arange(at, at + CHUNK)
         return columns
+
+
+def _ranks(rng: np.random.Generator, odds: Floats) -> Array:
+    """Ranks drawn from cumulated frequencies, whose last may be a little under 1."""
+    return np.minimum(np.searchsorted(odds, rng.random(CHUNK)), len(odds) - 1)
 
 
 def walks(users: int, items: int, length: int, *, history: int = 20, noise: float = 0.1, seed: int = 0) -> Dataset:
