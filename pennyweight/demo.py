@@ -24,7 +24,7 @@ from pennyweight.model.bundle import Bundle
 from pennyweight.model.metrics import auc
 from pennyweight.model.ranking import DeepFM
 from pennyweight.model.retrieval import MatrixFactorization, TwoTower
-from pennyweight.model.spec import Model, spec_of
+from pennyweight.model.spec import spec_of
 from pennyweight.model.train import Recipe, scores
 from pennyweight.optimize.search import Options, Outcome, Step
 
@@ -82,12 +82,8 @@ def simple(parts: Split, seed: int, watch: Watch) -> tuple[tuple[str, float], ..
     return (
         ("popularity (ratings a movie has)", auc(label, count[item])),
         ("popularity (share of likes)", auc(label, mean[item])),
-        ("matrix factorization", auc(label, _scored(factors, parts))),
+        ("matrix factorization", auc(label, scores(factors.build(), parts.test))),
     )
-
-
-def _scored(model: Model, parts: Split) -> np.ndarray:  # type: ignore[type-arg]
-    return scores(model.build(), parts.test)
 
 
 def ask(out: Path, user: int = 1, k: int = 5) -> str:

@@ -112,7 +112,7 @@ def trained(spec: Spec, parts: Split, recipe: Recipe, seed: int, checkpoint: Pat
 def cascade(retriever: Model, ranker: Model) -> Model:
     """Two trained models as the two stages of one."""
     stages = {"retrieval": retriever, "ranking": ranker}
-    args = {name: {"factory": m.spec.factory, "args": dict(m.spec.args)} for name, m in stages.items()}
+    args: dict[str, Any] = {name: {"factory": m.spec.factory, "args": dict(m.spec.args)} for name, m in stages.items()}
     state = {f"{name}.{key}": value for name, m in stages.items() for key, value in m.state.items()}
     return Model(spec_of(Cascade, **args), state)
 

@@ -141,4 +141,5 @@ def recall(bundle: Bundle, train: Dataset, test: Dataset, k: int = 100, allow: S
     Raises:
         ConfigError: the model has no retrieval stage.
     """
-    return Queries.of(test, [train]).rank(bundle.model.build(allow), k).each[0]
+    each: npt.NDArray[np.float64] = Queries.of(test, [train]).rank(bundle.model.build(allow), k).each[0]
+    return each

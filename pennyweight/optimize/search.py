@@ -1,8 +1,8 @@
 """From a model, data and a budget to the cheapest deployment that is proven as good.
 
-The search walks a ladder. Plans that need no training come first (seconds each), so something is on disk at once; then the
-mildest structure that can meet the budget is trained, a cheaper one if it held its quality, a milder one if not. Every
-trained structure is tried with several data types. It chooses on validation rows only. What is left (a handful, from safest
+Plans that need no training come first (seconds each), so something is on disk at once; then the mildest structure that can
+meet the budget is trained, a stronger one if it held its quality, another of the mildest if not. One that fails rules out
+all that are stronger on every axis. Every trained structure is tried with several data types. It chooses on validation rows only. What is left (a handful, from safest
 to cheapest) goes to the proof on the untouched test rows, in that order and only as far as each is proven, which keeps the
 5 % error of one test (``prove.fixed_sequence``). Beside it runs the control: the given model with the same extra training
 and no compression, since recovery alone often improves a model and that gain is not compression's.
@@ -23,13 +23,14 @@ import hashlib
 import json
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
-import numpy as np
+import numpy.typing as npt
 
-from pennyweight.accelerate.tune import tune
+from pennyweight.accelerate.tune import Engine, tune
 from pennyweight.core import hardware
 from pennyweight.core.budget import Budget
 from pennyweight.core.config import decode, dumps, encode, write
@@ -41,7 +42,7 @@ from pennyweight.model.transform import Env, Plan, Transform, plan
 from pennyweight.optimize import prove
 from pennyweight.optimize.cost import calibrate, described, money, objective, predict, sketch
 from pennyweight.optimize.evaluate import Bench, Scores, cost, parts, race, recall, scores
-from pennyweight.optimize.space import Structure, recovery, structures, types
+from pennyweight.optimize.space import Levels, Structure, recovery, stronger, structures, types
 from pennyweight.optimize.trial import Cost, Epoch, Part, Price, Quality, Result, Trial
 
 Watch = Callable[["Step"], None]
@@ -78,7 +79,7 @@ class Options:
     """Seconds each trial is timed; the final comparison takes five times that."""
     force: bool = False
     """Search even where the model is within the budget already."""
-    engines: tuple[str, ...] = ("eager", "onnxruntime")
+    engines: tuple[Engine, ...] = ("eager", "onnxruntime")
     price: Price | None = None
     data: str = ""
     """One line on the data, for the report."""
@@ -93,6 +94,23 @@ class Outcome:
 
     result: Result
     bundle: Bundle
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Rung:
+    """A structure with the data types to try on it and what each is predicted to cost."""
+
+    levels: Levels
+    structure: Structure
+    dtypes: Sequence[Structure]
+    guesses: Sequence[Cost]
+
+
+def _next(rungs: Sequence[Rung], bold: bool) -> Rung:
+    """The structure to train next: after a success one half-way to the cheapest, else the mildest there is."""
+    if bold:
+        return rungs[len(rungs) // 2]
+    return min(rungs, key=lambda r: sum(r.levels))
 
 
 @dataclasses.dataclass(eq=False)
@@ -137,7 +155,7 @@ class Search:
         self.bundle, self.threads_note = self._at_best_threads(self.bundle)
         self.base = cost(self.bundle, self.bench, self.env.allow)
         self.before = parts(self.bundle, self.bench, self.env.allow)
-        self.users = _column(self.test, "user"), _column(valid, "user")
+        self.users = _users(self.test), _users(valid)
         self.labels = self.test.column(self.test.schema.label.name), valid.column(valid.schema.label.name)
         self.say("baseline", "scoring the validation rows")
         self.valid_scores = scores(self.bundle, valid, self.env.allow)
@@ -304,33 +322,30 @@ class Search:
         found = [decode(Trial, t, f"{file}.trials") for t in head["trials"]]
         self.known = {_key(t.plan): t for t in found if t.measured is not None}
 
-    # -- the ladder --------------------------------------------------------------------------------------------------
+    # -- the grid ----------------------------------------------------------------------------------------------------
 
     def explore(self) -> None:
-        """Free plans, then structures with recovery, milder or cheaper as validation says."""
+        """Free plans, then structures with recovery, milder or stronger as validation says."""
         layers = described(self.bundle, self.env.allow)
         norms = any(type(layer).__name__ == "Norm" for layer in layers.values())
         self.say("predict", "sketching the structures there are")
-        ladder = self._ladder(structures(self.bundle, layers, self.env), norms)
-        for structure, dtypes, predicted in ladder:
-            if not structure:
-                for suffix, guess in zip(dtypes, predicted, strict=True):
-                    self.attempt(suffix, guess, "free")
-        rungs = [rung for rung in ladder if rung[0] and recovery(rung[0], self.env, 1)]
-        possible = [k for k, (_, _, guesses) in enumerate(rungs) if self._promising(guesses[-1])]
-        low, high = (min(possible), len(rungs) - 1) if possible else (len(rungs), len(rungs) - 1)
-        at, step = low, max(1, (high - low) // 3)
-        for _ in range(self.options.tries):
-            if not low <= at <= high or not self._affordable():
+        rungs = self._rungs(structures(self.bundle, layers, self.env), norms)
+        free = [r for r in rungs if not r.structure]
+        for rung in free:
+            self._attempt_types(rung, ())
+        open_ = [r for r in rungs if r.structure and recovery(r.structure, self.env, 1) and self._promising(r.guesses[-1])]
+        held = True
+        for k in range(self.options.tries):
+            if not open_ or not self._affordable():
                 break
-            held = self._rung(*rungs[at])
-            low, high = (at + 1, high) if held else (low, at - 1)
-            at = min(at + step, high) if held else (low + high + 1) // 2
+            rung = _next(open_, bold=held and k > 0)
+            held = self._attempt_types(rung, self.recovered(rung.structure))
+            open_ = [r for r in open_ if not (stronger(rung.levels, r.levels) if held else stronger(r.levels, rung.levels))]
 
-    def _ladder(self, found: Sequence[Structure], norms: bool) -> list[tuple[Structure, list[Structure], list[Cost]]]:
-        """Structures with their data types and predicted costs, mild to cheap; those that cannot be applied are left out."""
-        ladder = []
-        for structure in found:
+    def _rungs(self, found: Mapping[Levels, Structure], norms: bool) -> list[Rung]:
+        """Structures with their data types and predicted costs, cheapest last; those that cannot be applied are left out."""
+        rungs = []
+        for levels, structure in found.items():
             try:
                 drawn = sketch(self.bundle, structure, self.env)
                 dtypes = types(described(drawn, self.env.allow), norms)
@@ -338,8 +353,8 @@ class Search:
             except PlanError:
                 continue
             guesses = [predict(s, self.rates, self.base, self.before, self.env.allow) for s in sketches]
-            ladder.append((structure, dtypes, guesses))
-        return sorted(ladder, key=lambda rung: -objective(rung[2][-1], self.base, self.options.price))
+            rungs.append(Rung(levels, structure, dtypes, guesses))
+        return sorted(rungs, key=lambda r: -objective(r.guesses[-1], self.base, self.options.price))
 
     def _promising(self, guess: Cost) -> bool:
         """Whether a prediction leaves hope: bytes are exact, milliseconds may be a third off."""
@@ -350,9 +365,10 @@ class Search:
         """Whether another training fits the cap beside the control and the proof."""
         return self.left() - self.reserve > 2 * max(self.epoch_s * min(3, self.options.epochs), 1.0)
 
-    def _rung(self, structure: Structure, dtypes: Sequence[Structure], guesses: Sequence[Cost]) -> bool:
-        trained = self.recovered(structure)
-        made = [self.attempt((*trained, *s), g, "recovered") for s, g in zip(dtypes, guesses, strict=True)]
+    def _attempt_types(self, rung: Rung, trained: Structure) -> bool:
+        """Try a structure's data types; whether one held its quality."""
+        name = "recovered" if trained else "free"
+        made = [self.attempt((*trained, *s), g, name) for s, g in zip(rung.dtypes, rung.guesses, strict=True)]
         return any(t.validation is not None and t.validation.drop <= self.margin for t in made)
 
     def acceptable(self, trial: Trial) -> bool:
@@ -562,9 +578,10 @@ def _savings(search: Search, chosen: Trial | None, best: Bundle) -> tuple[str, .
     price = search.options.price
     if price is None or chosen is None or chosen.measured is None:
         return ()
-    before, after = money(search.base, search.bundle.runtime.threads, price), money(chosen.measured, best.runtime.threads, price)
-    share = 1 - after / before if before else 0.0
-    return (f"{before:.4g} -> {after:.4g} {price.currency} per million requests of {chosen.measured.candidates} candidates: {share:.0%} saved",)
+    before = money(search.base, search.bundle.runtime.threads, price)
+    after = money(chosen.measured, best.runtime.threads, price)
+    asked = f"{price.currency} per million requests of {chosen.measured.candidates} candidates"
+    return (f"{before:.4g} -> {after:.4g} {asked}: {1 - after / before if before else 0.0:.0%} saved",)
 
 
 def _bound(trial: Trial) -> float:
@@ -577,9 +594,10 @@ def _threads() -> tuple[int, ...]:
     return tuple(sorted({1, max(1, cores // 2), cores}))
 
 
-def _column(data: Dataset, role: str) -> np.ndarray | None:  # type: ignore[type-arg]
+def _users(data: Dataset) -> npt.NDArray[Any] | None:
+    """Who each row belongs to; None where the data knows no users."""
     try:
-        return data.column(data.schema.user.name) if role == "user" else None
+        return data.column(data.schema.user.name)
     except ConfigError:
         return None
 

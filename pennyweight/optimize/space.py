@@ -1,9 +1,9 @@
-"""Which plans there are: a ladder of structures, and for each a few data types.
+"""Which plans there are: a grid of structures, and for each a few data types.
 
-A plan is a *structure* (neurons pruned, rows shared), the *recovery* it needs, and *data types* that need none. Structures
-are ordered from mild to cheap by their predicted cost, so the search can go up and down a ladder instead of over a
-grid; data types are tried on every structure that was trained, since they cost a second. Random or Bayesian sampling was
-left out: with a dozen trials affordable and a cost that is known in advance to be monotone, it has nothing to learn from.
+A plan is a *structure* (neurons pruned, rows shared), the *recovery* it needs, and *data types* that need none. Each axis of
+the grid goes from mild to strong, and a structure that is stronger on every axis is cheaper and no better: one trained
+structure decides about many others. Data types are tried on every structure that was trained, since they cost a second.
+Random or Bayesian sampling was left out: with a handful of trainings affordable it has nothing to learn from.
 
 A new technique is one more entry here.
 """
@@ -23,6 +23,8 @@ from pennyweight.model.tables import Table
 from pennyweight.model.transform import Env, Transform
 
 Structure = tuple[Transform, ...]
+Levels = tuple[int, ...]
+"""How strong a structure is on each axis; 0 leaves that axis as given."""
 
 KEEP = (0.5, 0.25, 0.125)
 """Shares of neurons kept; each halving about quarters the dense work."""
@@ -31,8 +33,8 @@ WIDTHS = (4, 8)
 """Numbers of a row that share one code: 16x and 32x smaller than fp32, codebooks aside."""
 
 
-def structures(bundle: Bundle, layers: Mapping[str, Layer], env: Env) -> list[Structure]:
-    """Structures worth a try, as given first; the caller sorts them by predicted cost."""
+def structures(bundle: Bundle, layers: Mapping[str, Layer], env: Env) -> dict[Levels, Structure]:
+    """Structures worth a try by their levels (neurons, rows); (0, 0) is the model as given."""
     prunes: list[Structure] = [()]
     if chains(bundle.model.build(env.allow)):
         prunes += [(PruneNeurons(keep=keep),) for keep in KEEP]
@@ -41,7 +43,12 @@ def structures(bundle: Bundle, layers: Mapping[str, Layer], env: Env) -> list[St
     if dims:
         usual = max(set(dims), key=dims.count)
         shares += [(ShareRows(parts=usual // width),) for width in WIDTHS if usual % width == 0 and usual > width]
-    return [(*prune, *share) for prune, share in product(prunes, shares)]
+    return {(i, k): (*prune, *share) for (i, prune), (k, share) in product(enumerate(prunes), enumerate(shares))}
+
+
+def stronger(a: Levels, b: Levels) -> bool:
+    """Whether ``a`` is at least as strong as ``b`` on every axis."""
+    return all(x >= y for x, y in zip(a, b, strict=True))
 
 
 def recovery(structure: Structure, env: Env, epochs: int) -> Structure:
@@ -57,9 +64,6 @@ def types(layers: Mapping[str, Layer], norms: bool) -> list[Structure]:
     tables = any(isinstance(layer, Table) for layer in layers.values())
     dense = any(not isinstance(layer, Table) for layer in layers.values())
     fold: Structure = (FoldNorms(),) if norms else ()
-    mild, strong = ("fp16", "int8") if shared else ("int8", "int4")
-    choices = [(mild, "int8"), (strong, "int8"), (strong, "int4")]
-    return [
-        (*fold, *((QuantizeTables(data_type=t),) if tables else ()), *((QuantizeDense(data_type=d),) if dense else ()))
-        for t, d in choices
-    ]
+    mild, strong = (QuantizeTables("fp16"), QuantizeTables("int8")) if shared else (QuantizeTables("int8"), QuantizeTables("int4"))
+    choices = [(mild, QuantizeDense("int8")), (strong, QuantizeDense("int8")), (strong, QuantizeDense("int4"))]
+    return [(*fold, *((rows,) if tables else ()), *((weights,) if dense else ())) for rows, weights in choices]
