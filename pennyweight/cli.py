@@ -19,8 +19,9 @@ from rich.table import Table
 from pennyweight import __version__
 from pennyweight.core import budget as budgets
 from pennyweight.core import hardware
-from pennyweight.core.config import loads
+from pennyweight.core.config import decode, loads
 from pennyweight.core.errors import ConfigError, DataError, PennyweightError
+from pennyweight.data.dataset import How
 from pennyweight.model.train import EpochLog
 from pennyweight.model.train import Progress as Trained
 
@@ -82,7 +83,7 @@ def demo(
 def train(
     data: Annotated[str, typer.Argument(help="`sample`, a prepared dataset folder, a CSV or Parquet file, or NAME:FOLDER (see --help of the docs) of a known data set.")],
     out: Folder = Path("runs/run"),
-    model: Annotated[str, typer.Option(help="dnn, deepfm, dcnv2, dlrm, mf, two-tower or sasrec.")] = "deepfm",
+    model: Annotated[str, typer.Option(help="dnn, deepfm, dcnv2, dlrm, mf, two-tower or sasrec; or your own, as package.module:factory.")] = "deepfm",
     column: Annotated[
         list[str], typer.Option("--column", help="For a file: NAME:ROLE:KIND, role user, item, context, label or time, kind categorical, numeric, sequence or time. Repeat.")
     ] = [],  # noqa: B006  (typer reads it)
@@ -93,22 +94,36 @@ def train(
     batch: Annotated[int, typer.Option(help="Rows a step.")] = 4096,
     epochs: Annotated[int, typer.Option(help="Epochs at most; training stops early.")] = 50,
     embedding_l2: Annotated[float, typer.Option(help="L2 on embedding tables.")] = 0.05,
-    metric: Annotated[str, typer.Option(help="What validation looks at.")] = "auc",
-    split: Annotated[str, typer.Option(help="time, last, user or random.")] = "time",
+    loss: Annotated[str, typer.Option(help="bce, cross-entropy, mse, bpr, sampled-softmax or gbce; the model's usual one by default.")] = "",
+    metric: Annotated[str, typer.Option(help="What validation looks at; auc, or ndcg@10 for retrieval, by default.")] = "",
+    args: Annotated[str, typer.Option(help="Your own model's arguments, as JSON.")] = "{}",
+    inputs: Annotated[str, typer.Option(help="Columns your own model's forward takes, as a,b.")] = "",
+    allow: Allow = [],  # noqa: B006
+    split: Annotated[str, typer.Option(help="time, last, user, random or order; by default what the data suggests.")] = "",
     seed: Seed = 0,
 ) -> None:
-    """Train a model and leave a run folder. Stopped and started again, it goes on where it was."""
+    """Train a model and leave a run folder. Stopped and started again, it goes on where it was.
+
+    Known data sets, each in its folder as published: frappe-x1, ml-1m, gowalla, amazon-beauty, credit-default, mnist-5k,
+    movie-review, sms-spam; name one as frappe-x1:FOLDER.
+    """
     from pennyweight import job
     from pennyweight.model.train import Recipe
 
-    recipe = Recipe(lr=lr, batch=batch, epochs=epochs, embedding_l2=embedding_l2, metric=metric)
-    given = _model_args(model, dim, hidden, dropout)
-    if split not in ("time", "last", "user", "random"):
-        raise ConfigError(f"unknown split {split!r}; known: time, last, user, random")
+    usual = job.USUAL.get(model, ("bce", "auc"))
+    loss, metric = loss or usual[0], metric or usual[1]
+    settings = {"loss": loss, "lr": lr, "batch": batch, "epochs": epochs, "embedding_l2": embedding_l2, "metric": metric}
+    recipe = decode(Recipe, settings, "train")
+    given = loads(dict, args, "--args") if ":" in model else _model_args(model, dim, hidden, dropout)
+    fed = tuple(c for c in inputs.split(",") if c)
     with _watching() as (tell, watch, _):
-        dataset = _dataset(data, column, out / "data")
+        dataset, how, fractions = _dataset(data, column, out / "data")
         tell(f"{len(dataset):,} rows; training {model}")
-        run = job.train(dataset, model, given, recipe, out, split=split, seed=seed, describe=data, watch=watch)  # type: ignore[arg-type]
+        how = decode(How, split or how, "--split")
+        run = job.train(
+            dataset, model, given, recipe, out, inputs=fed, split=how, fractions=fractions, seed=seed, describe=data,
+            allow=tuple(allow), watch=watch,
+        )  # fmt: skip
     best = max(e.metric for e in run.epochs) if run.epochs else float("nan")
     out_console.print(f"{out}/bundle: {model}, validation {metric} {best:.4f} in {run.seconds:.0f} s. Next: pennyweight optimize {out}", highlight=False)
 
@@ -308,35 +323,39 @@ def _model_args(model: str, dim: int, hidden: str, dropout: float) -> dict[str, 
         widths = [int(w) for w in hidden.split(",") if w.strip()]
     except ValueError as error:
         raise ConfigError(f"--hidden {hidden!r} is not a list of whole numbers, as in 400,400,400") from error
-    if model in ("mf", "sasrec"):
+    if model in ("mf", "sasrec", "two-tower"):
         return {"dim": dim}
     return {"dim": dim, "hidden": widths, "dropout": dropout}
 
 
-def _dataset(data: str, columns: list[str], out: Path) -> Any:
-    """The dataset a person named: the sample, a prepared folder, a known set in its folder, or a file."""
+def _dataset(data: str, columns: list[str], out: Path) -> tuple[Any, str, tuple[float, float, float]]:
+    """The dataset a person named (the sample, a prepared folder, a known set in its folder, or a file) and how it is best split."""
     from pennyweight.data import ingest, loaders, sample
     from pennyweight.data.dataset import Dataset
 
+    usual = (0.8, 0.1, 0.1)
     if data == "sample":
-        return sample.prepare(out)
+        return sample.prepare(out, train=0.7), "user", (0.7, 0.1, 0.2)
     path = Path(data)
     if (path / "dataset.json").is_file():
-        return Dataset.open(path)
+        return Dataset.open(path), "time", usual
     name, colon, folder = data.partition(":")
-    if colon and name in loaders.NAMES:
-        return loaders.load(name, folder, out)
+    if colon and name in loaders.LOADERS:
+        parts = loaders.load(name, folder, out)
+        rows = [len(p) for p in parts]
+        return Dataset.open(out), "order", (rows[0] / sum(rows), rows[1] / sum(rows), rows[2] / sum(rows))
     if not path.is_file():
-        known = ", ".join(f"{n}:FOLDER" for n in loaders.NAMES)
+        known = ", ".join(f"{n}:FOLDER" for n in loaders.LOADERS)
         raise DataError(f"no data at {data!r}; name a CSV or Parquet file, a dataset folder, `sample`, or one of {known}")
     if not columns:
-        raise ConfigError(f"say what the columns of {data} are, as in: --column userId:user:categorical --column clicked:label:numeric")
+        raise ConfigError(
+            f"say what the columns of {data} are, as in: --column userId:user:categorical --column clicked:label:numeric"
+        )
     read = ingest.read_parquet if path.suffix == ".parquet" else ingest.read_csv
-    return read(path, [_column(c) for c in columns], out)
+    return read(path, [_column(c) for c in columns], out), "time", usual
 
 
 def _column(text: str) -> Any:
-    from pennyweight.core.config import decode
     from pennyweight.data.ingest import ColumnSpec
 
     pieces = text.split(":")

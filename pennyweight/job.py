@@ -48,6 +48,9 @@ MODELS: Mapping[str, type[torch.nn.Module]] = {
 }
 """Models by the name the command line takes."""
 
+USUAL: Mapping[str, tuple[str, str]] = {"two-tower": ("sampled-softmax", "ndcg@10"), "sasrec": ("gbce", "ndcg@10")}
+"""Loss and validation metric of models that are not trained row by row with ``bce`` and ``auc``."""
+
 Watch = Callable[[Progress | EpochLog], None]
 
 
@@ -76,34 +79,41 @@ def train(
     recipe: Recipe,
     out: Path,
     *,
+    inputs: tuple[str, ...] = (),
     split: How = "time",
     fractions: tuple[float, float, float] = (0.8, 0.1, 0.1),
     seed: int = 0,
     describe: str = "",
+    allow: tuple[str, ...] = (),
     watch: Watch = lambda _: None,
 ) -> Run:
-    """Train one of our models and leave a run folder.
+    """Train a model and leave a run folder.
+
+    ``name`` is one of ``MODELS``, or the import path ``package.module:factory`` of the user's own, which ``allow`` must hold;
+    ``inputs`` are the columns its ``forward`` takes one by one.
 
     Raises:
-        ConfigError: no such model, or args it does not take.
+        ConfigError: no such model, one that is not allowed, or args it does not take.
         DataError: the split leaves a part empty, or the loss is no longer a number.
     """
-    if name not in MODELS:
-        raise ConfigError(f"unknown model {name!r}; known: {', '.join(MODELS)}")
+    if name not in MODELS and ":" not in name:
+        raise ConfigError(f"unknown model {name!r}; known: {', '.join(MODELS)}, or your own as package.module:factory")
     parts = data.split(split, fractions, seed)
-    spec = spec_of(MODELS[name], columns=data.schema.columns, **args)
-    model, fitted = trained(spec, parts, recipe, seed, out / "checkpoint", watch)
-    run = Run(name, split, fractions, recipe, seed, epochs(name, fitted), fitted.seconds, describe)
+    spec = Spec(name, args, {}, inputs) if ":" in name else spec_of(MODELS[name], columns=data.schema.columns, **args)
+    model, fitted = trained(spec, parts, recipe, seed, out / "checkpoint", watch, allow)
+    run = Run(name, split, fractions, recipe, seed, epochs("baseline", fitted), fitted.seconds, describe)
     keep(out, Bundle(model, catalog=parts.train.catalog), data, run)
     return run
 
 
-def trained(spec: Spec, parts: Split, recipe: Recipe, seed: int, checkpoint: Path | None, watch: Watch) -> tuple[Model, Fit]:
+def trained(
+    spec: Spec, parts: Split, recipe: Recipe, seed: int, checkpoint: Path | None, watch: Watch, allow: tuple[str, ...] = ()
+) -> tuple[Model, Fit]:
     """The model a spec becomes by training, and its record; a checkpoint of an interrupted training is gone on from."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        module = build(spec)
-    fitted = fit(module, parts.train, parts.valid, recipe, seed=seed, checkpoint=checkpoint, progress=watch)
+        module = build(spec, allow)
+    fitted = fit(module, parts.train, parts.valid, recipe, inputs=spec.inputs, seed=seed, checkpoint=checkpoint, progress=watch)
     if checkpoint is not None and fitted.stopped != "interrupted":
         checkpoint.unlink(missing_ok=True)
     return Model.of(module, spec), fitted
@@ -124,7 +134,7 @@ def epochs(name: str, fitted: Fit) -> tuple[Epoch, ...]:
 
 def keep(out: Path, bundle: Bundle, data: Dataset, run: Run) -> None:
     """Write a run folder: data, bundle, record, and the training events of its users."""
-    if Path(str(getattr(data, "path", ""))) != out / "data":
+    if not (out / "data" / "dataset.json").exists() or Dataset.open(out / "data").fingerprint != data.fingerprint:
         data.save(out / "data")
     save(bundle, out / "bundle")
     write(out / "run.json", dumps(run))

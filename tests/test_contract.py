@@ -107,7 +107,10 @@ def given(env: Env) -> Bundle:
     """A recommender of two stages, trained for one epoch."""
     assert env.train and env.valid and env.recipe
     columns = env.train.schema.columns
-    stages = {"retrieval": spec_of(TwoTower, columns=columns, dim=8), "ranking": spec_of(DeepFM, columns=columns, dim=8, hidden=(64, 32))}
+    stages = {
+        "retrieval": spec_of(TwoTower, columns=columns, dim=8),
+        "ranking": spec_of(DeepFM, columns=columns, dim=8, hidden=(64, 32)),
+    }
     spec = spec_of(Cascade, **{name: {"factory": s.factory, "args": s.args} for name, s in stages.items()})
     torch.manual_seed(0)
     module = build(spec)
@@ -136,7 +139,10 @@ def outputs(model: Model, env: Env) -> Tensor:
 
 def content(bundle: Bundle) -> Any:
     """All a bundle says, comparable: tensors by their bytes."""
-    state = {k: (t.dtype, t.shape, hashlib.sha256(t.contiguous().cpu().numpy().tobytes()).hexdigest()) for k, t in bundle.model.state.items()}
+    state = {
+        k: (t.dtype, t.shape, hashlib.sha256(t.contiguous().cpu().numpy().tobytes()).hexdigest())
+        for k, t in bundle.model.state.items()
+    }
     values = (bundle.model.spec, bundle.placement, bundle.runtime, bundle.policy, bundle.plan)
     return state, encode(values), bundle.catalog and bundle.catalog.files()
 
@@ -176,7 +182,9 @@ def test_2_a_plan_goes_through_json(case: Case) -> None:
         loads(Plan, dumps(wrong))
     wrong = encode(plan)
     wrong["transforms"][0]["transform"] = "shrink"
-    with pytest.raises(ConfigError, match=r"\$\.transforms\[0\]\.transform: unknown transform 'shrink'; known: .*quantize-tables"):
+    with pytest.raises(
+        ConfigError, match=r"\$\.transforms\[0\]\.transform: unknown transform 'shrink'; known: .*quantize-tables"
+    ):
         loads(Plan, dumps(wrong))
 
 
@@ -195,7 +203,7 @@ def test_3_the_input_is_left_alone(case: Case, given: Bundle, full: Env) -> None
 def test_4_the_same_again(case: Case, given: Bundle, full: Env, changed: Callable[[Transform], Bundle]) -> None:
     """Whatever the global generators hold."""
     torch.manual_seed(123)
-    np.random.seed(123)  # noqa: NPY002 (the legacy generator is the one a transform might use by mistake)
+    np.random.seed(123)  # the generator a transform might use by mistake
     assert content(case.transform.apply(given, full)) == content(changed(case.transform))
 
 

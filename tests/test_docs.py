@@ -35,7 +35,6 @@ def commands() -> list[tuple[str, list[str]]]:
     return found
 
 
-
 @pytest.mark.parametrize("page", [p for p in PAGES if blocks(p, "python")], ids=lambda p: p.stem)
 def test_python_blocks_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks of a page run in order in one namespace; one that starts with `# name.py` is that file."""

@@ -170,10 +170,10 @@ class Catalog:
         """A copy with some fields replaced."""
         return dataclasses.replace(self, **changes)
 
-    @property
+    @functools.cached_property
     def item_ids(self) -> Ids:
         """All item ids that can be recommended, int64, ascending."""
-        return self._table()[self.schema.item.name].to_numpy()
+        return self._table()[self.schema.item.name].to_numpy(writable=True)
 
     @functools.cached_property
     def popularity(self) -> Ids:

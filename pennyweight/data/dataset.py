@@ -53,7 +53,7 @@ WINDOW = 256 << 20
 """Bytes of rows that are permuted as one; a larger set is shuffled window by window."""
 
 Array = npt.NDArray[Any]
-How = Literal["time", "last", "user", "random"]
+How = Literal["time", "last", "user", "random", "order"]
 
 
 class Split(NamedTuple):
@@ -153,6 +153,9 @@ class Dataset:
     def __len__(self) -> int:
         return len(self.rows)
 
+    def __repr__(self) -> str:
+        return f"Dataset({len(self):,} rows: {', '.join(c.name for c in self.schema.columns)})"
+
     @property
     def schema(self) -> Schema:
         """The columns."""
@@ -215,7 +218,7 @@ class Dataset:
         ``time`` cuts at two moments, so that nothing in a later part is older than anything in an earlier one; ``last``
         gives each user's last row to test and the one before to valid (users with fewer than three stay in train, and
         ``fractions`` is not read); ``user`` gives each user's earliest rows to train and latest to test, by ``fractions``;
-        ``random`` draws rows.
+        ``random`` draws rows; ``order`` cuts them as they lie, for data that comes with its parts one after the other.
 
         Raises:
             ConfigError: an unknown way, or fractions that are not positive and do not sum to 1.
@@ -369,7 +372,11 @@ def _by_user(data: Dataset, fractions: tuple[float, float, float], seed: int) ->
     return part
 
 
-_SPLITS = {"time": _by_time, "last": _by_last, "user": _by_user, "random": _by_chance}
+def _as_given(data: Dataset, fractions: tuple[float, float, float], seed: int) -> npt.NDArray[np.int8]:
+    return np.searchsorted(np.cumsum(fractions)[:2] * len(data), np.arange(len(data)) + 0.5, side="right").astype(np.int8)
+
+
+_SPLITS = {"time": _by_time, "last": _by_last, "user": _by_user, "random": _by_chance, "order": _as_given}
 
 
 def _cut(chunks: Iterator[npt.NDArray[np.int64]], size: int, skip: int) -> Iterator[npt.NDArray[np.int64]]:
@@ -516,7 +523,8 @@ class writing:
             raise DataError("a dataset needs at least one row, got none")
 
     def __enter__(self) -> Store:
-        if self.target.exists() and not (self.target / "dataset.json").is_file() and any(self.target.iterdir()):
+        other = self.target.exists() and not (self.target / "dataset.json").is_file()
+        if other and not (self.target.is_dir() and not any(self.target.iterdir())):
             raise StorageError(f"{self.target} exists and is not a dataset; name another folder or remove it first")
         try:
             self.target.parent.mkdir(parents=True, exist_ok=True)

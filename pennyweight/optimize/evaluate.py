@@ -11,6 +11,7 @@ import itertools
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -21,6 +22,7 @@ from pennyweight.accelerate.runner import Runner
 from pennyweight.core.measure import Latency, interleaved, latency
 from pennyweight.data.dataset import Dataset
 from pennyweight.data.requests import Trace
+from pennyweight.model import metrics
 from pennyweight.model.bundle import Bundle
 from pennyweight.model.spec import Batch, Layer
 from pennyweight.model.tables import Table
@@ -135,11 +137,19 @@ def _part(path: str, layer: Layer, ms: float, lookups: int) -> Part:
     return Part(path, f"{name} {getattr(layer, 'data_type', '')} {shape}".replace("  ", " "), layer.bytes(), ms, layer.flops())
 
 
-def recall(bundle: Bundle, train: Dataset, test: Dataset, k: int = 100, allow: Sequence[str] = ()) -> npt.NDArray[np.float64]:
-    """Recall@k of the retrieval stage for every user with a liked test row, [users]; what they have in train is left out.
+def outcomes(
+    bundle: Bundle, data: Dataset, metric: str, seen: Sequence[Dataset] = (), allow: Sequence[str] = ()
+) -> npt.NDArray[Any]:
+    """What a paired test of ``metric`` compares: logits a row, or for a ranking (``ndcg@10``) its value for each user.
+
+    Users are those with a liked row in ``data``; the whole catalogue is ranked for them but what they have in ``seen``.
 
     Raises:
-        ConfigError: the model has no retrieval stage.
+        ConfigError: a ranking is asked of a model that cannot rank a catalogue.
     """
-    each: npt.NDArray[np.float64] = Queries.of(test, [train]).rank(bundle.model.build(allow), k).each[0]
+    asked = metrics.ranking(metric)
+    if asked is None:
+        return scores(bundle, data, allow)
+    ranked = Queries.of(data, seen).rank(bundle.model.build(allow), asked[1])
+    each: npt.NDArray[np.float64] = ranked.each[("recall", "ndcg", "hit_rate").index(asked[0])]
     return each

@@ -320,7 +320,7 @@ def explain(quality: Quality) -> str:
         return f"worse: {q.metric} drops by at least {_beyond(q)} (95 %), beyond the margin of {margin}, {rows}"
     bound = rounded(q.drop_upper_95, up=True)
     if q.rows_needed:
-        more = f"about {_two_digits(q.rows_needed):,} rows would decide it"
+        more = f"about {about(q.rows_needed):,} rows would decide it"
     else:
         more = f"the drop itself, {rounded(q.drop)}, is not below the margin, so more rows like these would not prove it"
     return f"not proven at {margin}; proven at {bound} (95 %), {rows}; {more}"
@@ -353,8 +353,8 @@ def exactly(value: float) -> str:
     return rounded(value, max(4, -int(Decimal(repr(float(value))).as_tuple().exponent)))
 
 
-def _two_digits(rows: int) -> int:
-    """Up to two leading digits: an estimate should not look like a count."""
+def about(rows: int) -> int:
+    """Rows rounded up to two leading digits: an estimate should not look like a count."""
     step = int(10 ** max(0, len(str(rows)) - 2))
     return -(-rows // step) * step
 

@@ -37,11 +37,12 @@ from pennyweight.core.config import decode, dumps, encode, write
 from pennyweight.core.errors import ConfigError, DataError, DeviceError, Infeasible, NotWorthIt, PlanError
 from pennyweight.data.dataset import Dataset
 from pennyweight.model.bundle import Bundle, load, save
+from pennyweight.model.metrics import ranking
 from pennyweight.model.train import EpochLog, Progress
 from pennyweight.model.transform import Env, Plan, Transform, plan
 from pennyweight.optimize import prove
 from pennyweight.optimize.cost import calibrate, described, money, objective, predict, sketch
-from pennyweight.optimize.evaluate import Bench, Scores, cost, parts, race, recall, scores
+from pennyweight.optimize.evaluate import Bench, cost, outcomes, parts, race
 from pennyweight.optimize.space import Levels, Structure, recovery, stronger, structures, types
 from pennyweight.optimize.trial import Cost, Epoch, Part, Price, Quality, Result, Trial
 
@@ -158,9 +159,9 @@ class Search:
         self.users = _users(self.test), _users(valid)
         self.labels = self.test.column(self.test.schema.label.name), valid.column(valid.schema.label.name)
         self.say("baseline", "scoring the validation rows")
-        self.valid_scores = scores(self.bundle, valid, self.env.allow)
-        value = prove.prove(o.metric, self.labels[1], self.valid_scores, self.valid_scores, margin=1.0, users=self.users[1]).baseline
-        self.margin = self.budget.margin(o.metric, value)
+        self.margin = 1.0
+        self.valid_scores = self._outcomes(self.bundle, 1)
+        self.margin = self.budget.margin(o.metric, self._compared(self.valid_scores, self.valid_scores, 1).baseline)
         self.rates = calibrate(o.candidates)
 
     def _at_best_threads(self, bundle: Bundle) -> tuple[Bundle, str]:
@@ -280,13 +281,20 @@ class Search:
         return min(0.25 * self.options.seconds, 10 * self.options.timing_s + 5)
 
     def _validated(self, bundle: Bundle) -> Quality:
-        assert self.env.valid is not None
-        return self._compared(scores(bundle, self.env.valid, self.env.allow), self.valid_scores, 1)
+        return self._compared(self._outcomes(bundle, 1), self.valid_scores, 1)
 
-    def _compared(self, new: Scores, old: Scores, which: int) -> Quality:
-        return prove.prove(
-            self.options.metric, self.labels[which], old, new, margin=self.margin, users=self.users[which], seed=self.env.seed
-        )
+    def _outcomes(self, bundle: Bundle, which: int) -> npt.NDArray[Any]:
+        """What is compared on the test rows (0) or the validation rows (1)."""
+        assert self.env.valid is not None and self.env.train is not None
+        data, seen = ((self.test, [self.env.train, self.env.valid]), (self.env.valid, [self.env.train]))[which]
+        return outcomes(bundle, data, self.options.metric, seen, self.env.allow)
+
+    def _compared(self, new: npt.NDArray[Any], old: npt.NDArray[Any], which: int) -> Quality:
+        metric = self.options.metric
+        if ranking(metric) is not None:
+            return prove.judge(metric, prove.means(old, new), self.margin)
+        users = self.users[which]
+        return prove.prove(metric, self.labels[which], old, new, margin=self.margin, users=users, seed=self.env.seed)
 
     def _keep(self) -> None:
         """The record and the best bundle so far, on disk."""
@@ -421,15 +429,14 @@ class Search:
     def proof(self, finalists: Sequence[Trial], control: Trial | None) -> tuple[Trial | None, Trial | None]:
         """Put finalists to the test rows; the chosen trial and the control, each with its proof."""
         self.say("prove", f"scoring {len(self.test):,} untouched rows")
-        baseline = scores(self.bundle, self.test, self.env.allow)
-        self.base_scores = baseline
+        baseline = self.base_scores = self._outcomes(self.bundle, 0)
         if control is not None:
-            controlled = scores(self.bundles[_key(control.plan)], self.test, self.env.allow)
+            controlled = self._outcomes(self.bundles[_key(control.plan)], 0)
             control = dataclasses.replace(control, proof=self._compared(controlled, baseline, 0))
-        found: dict[str, Scores] = {}
+        found: dict[str, npt.NDArray[Any]] = {}
 
         def test(trial: Trial) -> Quality:
-            found[_key(trial.plan)] = scores(self.bundles[_key(trial.plan)], self.test, self.env.allow)
+            found[_key(trial.plan)] = self._outcomes(self.bundles[_key(trial.plan)], 0)
             return self._compared(found[_key(trial.plan)], baseline, 0)
 
         chosen, made = prove.fixed_sequence(finalists, test)
@@ -513,7 +520,8 @@ def _guards(search: Search, best: Bundle) -> tuple[Quality, ...]:
     """The retrieval stage before and after, where there is one."""
     assert search.env.train is not None
     try:
-        before, after = (recall(b, search.env.train, search.test, 100, search.env.allow) for b in (search.bundle, best))
+        given = search.test, "recall@100", [search.env.train], search.env.allow
+        before, after = (outcomes(b, *given) for b in (search.bundle, best))
     except ConfigError:
         return ()
     return (prove.judge("recall@100", prove.means(before, after), 0.01),)
