@@ -19,7 +19,7 @@ from pennyweight.model.transform import FIELD, STAGES, Transform
 IMPORTED = """
     Budget Bundle Column Dataset Env Model Plan Recipe Result Schema Spec Transform Trial fit load plan save spec_of
 """
-TRANSFORMS = "distill place prune-neurons quantize-dense quantize-tables queue run share-rows"
+TRANSFORMS = "distill fold-norms place prune-neurons quantize-dense quantize-tables queue run share-rows"
 LAYERS = "dense norm table"
 COMMANDS = "apply bench demo doctor inspect optimize report serve train"
 
