@@ -88,10 +88,9 @@ def sasrec(seed: int, options: Options) -> Run:
         return Run(found.ndcg, done.metric, len(done.history), done.seconds)
 
 
-SASREC_LENGTH = 200
-SASREC = Recipe(
-    loss="sampled-softmax", negatives=256, lr=1e-3, batch=128, epochs=60, patience=5, lr_decay=1.0, metric="ndcg@10"
-)
+SASREC_LENGTH = 50
+# The paper's binary loss needs some 200 epochs of 200 positions; a sampled softmax is there in 30 epochs of 50.
+SASREC = Recipe(loss="sampled-softmax", negatives=256, lr=2e-3, batch=32, epochs=60, patience=6, lr_decay=1.0, metric="ndcg@10")
 
 
 def factorization(seed: int, options: Options) -> Run:
@@ -138,7 +137,7 @@ ROWS = {
         o,
         0.12,
         0.1259,
-        "all items not seen are ranked; published: SASRec as gSASRec's authors ran it",
+        "all unseen items ranked, history 50, sampled softmax of 256; published: SASRec as gSASRec's authors ran it",
         sasrec,
     ),
     "ml-1m/mf": lambda o: averaged(
@@ -147,7 +146,7 @@ ROWS = {
         o,
         0.2349,
         0.2401,
-        "published: BPR in RecBole-GNN; bar: the least of 4 seeds of RecBole 1.2.1",
+        "published: BPR in RecBole-GNN; bar: the least of 4 seeds of RecBole 1.2.1 (mean .2388); items seen 5 times only",
         factorization,
     ),
 }
