@@ -12,7 +12,8 @@ price of disk (4 bytes an id).
 
 A shuffled epoch permutes all rows where they take at most ``WINDOW`` bytes. A larger set is shuffled in windows: blocks
 of ``BLOCK`` rows in random order, a window of them at a time, the rows inside a window permuted, and the pages of a past
-window given back, so that memory does not grow with the set. The order depends on the seed and the data, never on the
+window given back, so that memory does not grow with the set (what is mapped is a few windows at most, since the kernel maps
+the neighbours of a page with it). The order depends on the seed and the data, never on the
 machine, and ``start`` finds any place in it again.
 """
 
