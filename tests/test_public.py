@@ -20,7 +20,7 @@ IMPORTED = """
     Budget Bundle Column Dataset Env Model Plan Recipe Result Schema Spec Transform Trial fit load plan save spec_of
 """
 TRANSFORMS = "distill fold-norms place prune-neurons quantize-dense quantize-tables queue run share-rows"
-LAYERS = "dense norm table"
+LAYERS = "dense identity norm table"
 COMMANDS = "apply bench demo doctor inspect optimize report serve train"
 
 
@@ -41,6 +41,16 @@ def test_imported_names() -> None:
 def test_stored_names() -> None:
     assert registered(Transform) == TRANSFORMS
     assert registered(Layer) == LAYERS
+
+
+def test_any_stored_plan_can_be_read() -> None:
+    """Whoever can name a plan has every transform registered."""
+    code = """
+import pennyweight
+from pennyweight.core.config import members
+pennyweight.Result
+print(*sorted(members(pennyweight.Transform)))"""
+    assert subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout.strip() == TRANSFORMS
 
 
 def test_commands() -> None:
