@@ -236,4 +236,5 @@ class EventLog:
             raise self._damaged(error) from error
 
     def _damaged(self, fault: object) -> DataError:
-        return DataError(f"the event log {self.path} is damaged ({fault}); restore a copy, or move it away to begin anew")
+        told = " ".join(str(fault).split())
+        return DataError(f"the event log {self.path} is damaged ({told}); restore a copy, or move it away to begin anew")

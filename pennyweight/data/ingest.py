@@ -11,8 +11,11 @@ Every CSV field is read as text and converted here, so that an error names the c
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import errno
 import os
+import re
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -31,6 +34,9 @@ from pennyweight.data.schema import FIRST, Column, Kind, Role, Schema
 
 CHUNK = 65_536
 """Rows that are in memory at a time."""
+
+_REFUSED = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
+"""Numbers of the system's errors that are about writing."""
 
 Paths = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
 
@@ -104,7 +110,14 @@ def read_csv(
     """
     files = _files(paths)
     return _ingest(
-        lambda: pl.scan_csv(files, infer_schema=False, separator=separator, has_header=header, glob=False),
+        lambda: pl.scan_csv(
+            files,
+            infer_schema=False,
+            separator=separator,
+            has_header=header,
+            glob=False,
+            with_column_names=None if header else _counted,
+        ),
         files,
         columns,
         out,
@@ -124,6 +137,11 @@ def read_parquet(
     """Ingest Parquet files into the folder ``out``; see ``read_csv``. A sequence may be a list column."""
     files = _files(paths)
     return _ingest(lambda: pl.scan_parquet(files, glob=False), files, columns, out, vocabularies or {}, items)
+
+
+def _counted(names: list[str]) -> list[str]:
+    """Names for columns without: Polars' own begin at 0 or 1 by its version."""
+    return [f"column_{k}" for k in range(1, len(names) + 1)]
 
 
 def _files(paths: Paths) -> list[Path]:
@@ -184,8 +202,9 @@ def _sink(scan: Callable[[], pl.LazyFrame], files: Sequence[Path], columns: Sequ
     except pl.exceptions.PolarsError as error:
         raise DataError(f"{named}: cannot be read ({_reason(error)})") from error
     except OSError as error:
-        if error.errno:  # the system refused; without a number it is the reader that met the end of a gzip stream
-            raise
+        told = re.search(r"os error (\d+)", str(error))  # Polars hides the number; none: a gzip stream ended too early
+        if told and int(told[1]) in _REFUSED:
+            raise OSError(int(told[1]), os.strerror(int(told[1]))) from error
         raise DataError(f"{named}: cannot be read ({error}); the file is truncated or damaged, fetch it again") from error
     return raw
 
@@ -329,5 +348,6 @@ def _seconds(series: pl.Series) -> pl.Series:
         return series.cast(pl.Datetime("us")).dt.epoch("s")
     numbers = series.cast(pl.Int64, strict=False)
     if series.dtype == pl.String and numbers.null_count() > series.null_count():
-        return series.str.to_datetime(strict=False, time_unit="us").dt.epoch("s")
+        with contextlib.suppress(pl.exceptions.ComputeError):  # no format fits: they stay missing
+            return series.str.to_datetime(strict=False, time_unit="us").dt.epoch("s")
     return numbers

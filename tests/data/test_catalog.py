@@ -185,7 +185,6 @@ def test_a_damaged_catalog_is_one_clear_error(movies: Dataset, name: str, damage
         Catalog.parse(files)
 
 
-
 def test_the_catalog_shows_items(movies: Dataset) -> None:
     items = movies.catalog.items
     assert items is not None

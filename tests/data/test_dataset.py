@@ -371,7 +371,9 @@ except StorageError as error:
 def test_a_full_disk_loses_nothing(tmp_path: Path, rows: Dataset, limit: int) -> None:
     """Writing stops at a limit of the system's, as on a full disk: a typed error, the older dataset as it was, no remains."""
     rows.save(tmp_path / "d")
-    run = subprocess.run([sys.executable, "-c", FULL, str(tmp_path / "d"), str(limit)], capture_output=True, text=True, check=True)
+    run = subprocess.run(
+        [sys.executable, "-c", FULL, str(tmp_path / "d"), str(limit)], capture_output=True, text=True, check=True
+    )
     assert "could not write the dataset" in run.stdout and "free some room" in run.stdout
     assert Dataset.open(tmp_path / "d").fingerprint == rows.fingerprint
     assert [p.name for p in tmp_path.iterdir()] == ["d"]
