@@ -108,7 +108,6 @@ def _latency(times: npt.NDArray[np.float64], first: npt.NDArray[np.float64], see
 @contextlib.contextmanager
 def _collector_off() -> Iterator[None]:
     was = gc.isenabled()
-    gc.collect()
     gc.disable()
     try:
         yield
