@@ -383,6 +383,8 @@ def _csv(file: Path, *, separator: str = ",", header: bool = True) -> pl.DataFra
         frame = pl.read_csv(content, separator=separator, has_header=header, infer_schema_length=None)
     except pl.exceptions.PolarsError as error:
         raise DataError(f"{file} cannot be read ({str(error).splitlines()[0]}); fetch it again") from error
+    if frame.is_empty():
+        raise DataError(f"{file} has a header and no rows; fetch it again")
     for column in frame:
         if not column.dtype.is_numeric() or column.null_count():
             row = int(column.cast(pl.Float64, strict=False).is_null().arg_max() or 0)

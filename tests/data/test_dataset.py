@@ -359,22 +359,20 @@ import resource, signal, sys
 from pennyweight.core.errors import StorageError
 from pennyweight.data.synthetic import Clicks
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[2]), resource.RLIM_INFINITY))
-try:
-    Clicks().write(10_000, sys.argv[1])
-except StorageError as error:
-    print(error)
+for limit in (1_000, 270_000):
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+    try:
+        Clicks().write(10_000, sys.argv[1])
+    except StorageError as error:
+        print(error)
 """
 
 
-@pytest.mark.parametrize("limit", [1_000, 270_000])
-def test_a_full_disk_loses_nothing(tmp_path: Path, rows: Dataset, limit: int) -> None:
+def test_a_full_disk_loses_nothing(tmp_path: Path, rows: Dataset) -> None:
     """Writing stops at a limit of the system's, as on a full disk: a typed error, the older dataset as it was, no remains."""
     rows.save(tmp_path / "d")
-    run = subprocess.run(
-        [sys.executable, "-c", FULL, str(tmp_path / "d"), str(limit)], capture_output=True, text=True, check=True
-    )
-    assert "could not write the dataset" in run.stdout and "free some room" in run.stdout
+    run = subprocess.run([sys.executable, "-c", FULL, str(tmp_path / "d")], capture_output=True, text=True, check=True)
+    assert run.stdout.count("could not write the dataset") == run.stdout.count("free some room") == 2, run.stderr
     assert Dataset.open(tmp_path / "d").fingerprint == rows.fingerprint
     assert [p.name for p in tmp_path.iterdir()] == ["d"]
 
