@@ -43,6 +43,7 @@ Seed = Annotated[int, typer.Option(help="Every random number follows from it.")]
 
 def main() -> None:
     """Run the command line; an error a person can mend is one line and exit status 2."""
+    sys.path.append("")  # the working folder, for modules that --allow names; last, so that it hides nothing installed
     try:
         app()
     except PennyweightError as error:
@@ -178,7 +179,7 @@ def apply(
     before, env = load(bundle), Env(topology=hardware.detect(), allow=tuple(allow))
     if run is not None:
         record, given, _, parts = job.open_run(run)
-        env = Env(parts.train, parts.valid, parts.train, None, hardware.detect(), given.model, record.recipe, record.seed, tuple(allow))
+        env = Env(parts.train, parts.valid, parts.train, None, hardware.detect(), (given.model,), record.recipe, record.seed, tuple(allow))
     after = made.apply(before, env)
     save(after, out)
     out_console.print(f"{out}: {before.bytes:,} -> {after.bytes:,} bytes ({before.bytes / after.bytes:.1f}x smaller)", highlight=False)

@@ -1,9 +1,10 @@
 """What README and docs claim is so: blocks run, commands parse, the tree is the tree, targets and links exist."""
 
 import ast
+import dataclasses
+import json
 import re
 import shlex
-import sys
 from pathlib import Path
 
 import pytest
@@ -11,10 +12,14 @@ from typer.main import get_command
 
 import pennyweight
 from pennyweight.cli import app
+from pennyweight.core.config import encode, members
+from pennyweight.model.transform import Transform
+from pennyweight.optimize import search  # noqa: F401  (registers every transform)
+from pennyweight.serve.app import ROUTES
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
-README = (ROOT / "README.md").read_text()
+REFERENCE = (ROOT / "docs" / "reference.md").read_text()
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
@@ -40,7 +45,6 @@ def test_python_blocks_run(page: Path, tmp_path: Path, monkeypatch: pytest.Monke
     """Blocks of a page run in order in one namespace; one that starts with `# name.py` is that file."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setattr(sys, "modules", dict(sys.modules))
     space: dict[str, object] = {"__name__": page.stem}
     for number, block in enumerate(blocks(page, "python"), 1):
         if file := re.match(r"# (\w+\.py)\n", block):
@@ -81,6 +85,28 @@ def test_readme_tree_is_the_tree() -> None:
     package = ROOT / "pennyweight"
     there = {p.relative_to(package).as_posix() for p in package.rglob("*.py") if p.name != "__init__.py"}
     assert shown == there
+
+
+def test_reference_has_every_command_and_option() -> None:
+    for name, command in get_command(app).commands.items():  # type: ignore[attr-defined]
+        row = re.search(rf"^\| `{name}` \|.*$", REFERENCE, re.MULTILINE)
+        assert row, f"no row for {name}"
+        given = {option for p in command.params for option in p.opts if option.startswith("--")} - {"--help"}
+        assert set(re.findall(r"`(--[a-z0-9-]+)`", row[0])) == given, name
+
+
+def test_reference_has_every_transform_and_field() -> None:
+    sections = dict(re.findall(r"^### `([a-z-]+)`\n(.*?)(?=^##)", REFERENCE, re.MULTILINE | re.DOTALL))
+    ours = {name: cls for name, cls in members(Transform).items() if cls.__module__.startswith("pennyweight.")}
+    assert sections.keys() == ours.keys()
+    for name, cls in ours.items():
+        shown = dict(re.findall(r"^\| `(\w+)` \| `(.*?)` \|", sections[name], re.MULTILINE))
+        assert shown == {f.name: json.dumps(encode(f.default)) for f in dataclasses.fields(cls)}, name
+
+
+def test_reference_has_every_route() -> None:
+    shown = set(re.findall(r"`((?:GET|POST) /\w+)`", REFERENCE))
+    assert shown == {f"{r.method} {r.path}" for r in ROUTES if r.path != "/openapi.json"}
 
 
 def test_make_targets_exist() -> None:
