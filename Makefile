@@ -43,8 +43,9 @@ type: .venv/stamp ## mypy, strict
 docs: .venv/stamp ## run every block and check every command of README and docs
 	$(ONE) $(BIN)/python -m pytest tests/test_docs.py $(ARGS)
 
-bench: .venv/stamp ## list the benchmarks
-	@$(BIN)/python -c 'import ast, pathlib; [print(f"  make bench-{p.stem:14}", (ast.get_docstring(ast.parse(p.read_text())) or "").split("\n")[0]) for p in sorted(pathlib.Path("benchmarks").glob("[a-z]*.py"))]'
+bench: ## list the benchmarks
+	@for file in $$(grep -l __main__ benchmarks/*.py); do \
+	  printf '  make bench-%-12s %s\n' "$$(basename "$$file" .py)" "$$(head -1 "$$file" | tr -d '"')"; done
 
 bench-%: .venv/stamp ## run one (ARGS=--quick checks the harness only)
 	$(BIN)/python -m benchmarks.$* $(ARGS)
