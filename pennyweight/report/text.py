@@ -1,0 +1,86 @@
+"""The outcome for a script (``summary``) and for a terminal (``table``): the same figures as the page, fewer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from rich.table import Table
+from rich.text import Text
+
+from pennyweight.core.budget import size
+from pennyweight.optimize.prove import about, exactly, rounded
+from pennyweight.optimize.trial import Part, Quality, Result, Trial
+from pennyweight.report.view import cost_of, gains, missing, ms, name_of, over, roles, shown, upper
+
+DATA_TYPES = ("fp32", "fp16", "int8", "int4", "int2")
+QUALITY = ("metric", "rows", "drop", "drop_low_95", "drop_upper_95", "margin", "method", "rows_needed")
+
+
+def summary(result: Result) -> dict[str, Any]:
+    """The outcome as plain JSON values, what ``summary.json`` holds.
+
+    ``chosen`` is None unless a plan was proven; ``nearest`` is then the last that failed, if any was tested, and the drop
+    and its bounds are those of that one.
+    """
+    trial = shown(result)
+    proof = trial.proof if trial else None
+    return {
+        "baseline": _brief(result.baseline),
+        "chosen": _brief(result.chosen) if result.chosen else None,
+        "nearest": _brief(trial) if trial and not result.chosen else None,
+        "control": _brief(result.control) if result.control else None,
+        **{name: getattr(proof, name, None) for name in QUALITY},
+        "proven": result.chosen is not None and proof is not None and proof.verdict == "proven",
+        "over_budget": list(over(result)),
+        "verdict": result.verdict,
+        "explanation": result.explanation,
+        "plan": trial.plan.describe() if trial else None,
+        "budget": result.budget,
+        "candidates": cost_of(result.baseline).candidates,
+        "seconds": round(result.seconds, 1),
+    }
+
+
+def _brief(trial: Trial) -> dict[str, Any]:
+    spent, q = cost_of(trial), trial.proof
+    return {"bytes": spent.bytes, "p50_ms": spent.p50_ms, "p99_ms": spent.p99_ms, **({q.metric: q.value} if q else {})}
+
+
+def table(result: Result) -> Table:
+    """The outcome in a few lines; ``rich`` folds what is too long for the terminal."""
+    grid = Table.grid(padding=(0, 2, 0, 0))
+    for name, line in _lines(result):
+        grid.add_row(Text(name), Text(line))
+    return grid
+
+
+def _lines(result: Result) -> Iterable[tuple[str, str]]:
+    trial = shown(result)
+    for role, each in roles(result):
+        spent, q = cost_of(each), each.proof or each.validation
+        parts = result.parts_after if each is trial else result.parts_before
+        quality = f"{name_of(q.metric)} {rounded(q.value)}" if q else ""
+        time = " " * 12 if role == "control" else f"p99 {ms(spent.p99_ms):>8}"  # a control is not deployed, only compared
+        yield role, f"{_types(parts):12} {size(spent.bytes):>7}   {time}   {quality}".rstrip()
+    request = f"one user with {cost_of(result.baseline).candidates} candidates"
+    yield ("gain", f"{', '.join(gains(result, trial))} for {request}") if trial else ("request", request)
+    if trial is not None:
+        yield "plan", trial.plan.describe()
+    yield "proof", _answer(trial.proof) if trial and trial.proof else result.explanation
+    for line in over(result):
+        yield "over", line
+    for line in missing(result):
+        yield "missing", line
+
+
+def _answer(q: Quality) -> str:
+    told = {"proven": "yes", "worse": "no, it is worse", "cannot tell": "no, the rows cannot tell"}[q.verdict]
+    asked = f"drop <= {exactly(q.margin)} with 95 % confidence: {told}; proven at {upper(q)}, from {q.rows:,} rows"
+    return f"{asked}; about {about(q.rows_needed):,} would decide it" if q.rows_needed else asked
+
+
+def _types(parts: Sequence[Part]) -> str:
+    """The two data types that hold most bytes: ``int8 + int4``."""
+    held = {name: sum(p.bytes for p in parts if name in p.kind.split()) for name in DATA_TYPES}
+    return " + ".join(name for name in sorted(held, key=lambda n: -held[n])[:2] if held[name])
