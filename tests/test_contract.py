@@ -122,7 +122,7 @@ def given(env: Env) -> Bundle:
 
 @pytest.fixture(scope="module")
 def full(env: Env, given: Bundle) -> Env:
-    return dataclasses.replace(env, teacher=given.model)
+    return dataclasses.replace(env, teachers=(given.model,))
 
 
 @pytest.fixture(scope="module")
@@ -190,7 +190,7 @@ def test_2_a_plan_goes_through_json(case: Case) -> None:
 
 @every
 def test_3_the_input_is_left_alone(case: Case, given: Bundle, full: Env) -> None:
-    assert full.teacher and full.train and full.valid
+    assert full.teachers and full.train and full.valid
     before, rows = content(given), (full.train.fingerprint, full.valid.fingerprint)
     written = {name: tensor._version for name, tensor in given.model.state.items()}
     case.transform.apply(given, full)

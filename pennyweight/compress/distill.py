@@ -13,10 +13,13 @@ from __future__ import annotations
 import dataclasses
 from typing import ClassVar, Literal, cast
 
+from torch import nn
+
 from pennyweight.core.config import named
 from pennyweight.core.errors import ConfigError, PlanError
 from pennyweight.data.dataset import Dataset
 from pennyweight.model.bundle import Bundle
+from pennyweight.model.ensemble import Ensemble
 from pennyweight.model.spec import Model
 from pennyweight.model.train import Recipe, fit
 from pennyweight.model.transform import Env, Transform
@@ -25,7 +28,7 @@ from pennyweight.model.transform import Env, Transform
 @named("distill")
 @dataclasses.dataclass(frozen=True)
 class Distill(Transform):
-    """Training with ``env.recipe`` on ``env.train``, with ``env.teacher`` beside the labels, best epoch on ``env.valid`` kept.
+    """Training with ``env.recipe`` on ``env.train``, with ``env.teachers`` beside the labels, best epoch on ``env.valid`` kept.
 
     Only floating-point parameters move: codes and quantized weights are frozen.
     """
@@ -41,8 +44,17 @@ class Distill(Transform):
     """Softens both models' probabilities; 1 is right for click rates, which are soft already."""
     lr: float | None = None
     """Learning rate; None is the recipe's."""
+    dealt: float = 0.0
+    """Weight of the teacher's answers about pairs nobody labelled: each batch's items are dealt anew to its users. Needs item
+    columns; without them it is 0."""
+    regularize: float = 1.0
+    """Factor on the recipe's decays and the model's dropout: with the teacher's answers without end there is less to overfit."""
+    schedule: Literal["plateau", "cosine"] = "plateau"
+    """``cosine`` for a recovery of few epochs; ``plateau`` is the recipe's own decay."""
 
     def __post_init__(self) -> None:
+        if self.dealt < 0 or self.regularize < 0:
+            raise ConfigError(f"dealt = {self.dealt}, regularize = {self.regularize}: neither may be negative")
         if self.epochs < 0 or not 0 <= self.alpha <= 1 or self.temperature <= 0 or (self.lr is not None and self.lr <= 0):
             raise ConfigError(
                 f"epochs = {self.epochs}, alpha = {self.alpha}, temperature = {self.temperature}, lr = {self.lr}: "
@@ -53,11 +65,15 @@ class Distill(Transform):
         """The bundle with its model trained."""
         if not self.epochs:
             raise PlanError("0 epochs of distillation change nothing; give at least 1")
-        teacher = cast(Model, env.need("teacher", self)).build(env.allow)
+        teachers = cast(tuple[Model, ...], env.need("teachers", self))
         train, valid = cast(Dataset, env.need("train", self)), cast(Dataset, env.need("valid", self))
         recipe = self.recipe(cast(Recipe, env.need("recipe", self)))
         spec = bundle.model.spec
+        teacher = Ensemble([m.build(env.allow) for m in teachers], recipe.loss, spec.inputs).eval()
         module = bundle.model.build(env.allow, copy=True)
+        for layer in module.modules():
+            if isinstance(layer, nn.Dropout):
+                layer.p *= self.regularize
         try:
             done = fit(
                 module,
@@ -82,7 +98,17 @@ class Distill(Transform):
     def recipe(self, given: Recipe) -> Recipe:
         """The user's recipe with this transform's epochs, weight and rate."""
         lr = given.lr if self.lr is None else self.lr
-        return dataclasses.replace(given, epochs=self.epochs, distill_alpha=self.alpha, temperature=self.temperature, lr=lr)
+        return dataclasses.replace(
+            given,
+            epochs=self.epochs,
+            distill_alpha=self.alpha,
+            temperature=self.temperature,
+            lr=lr,
+            dealt=self.dealt,
+            schedule=self.schedule,
+            embedding_l2=given.embedding_l2 * self.regularize,
+            weight_decay=given.weight_decay * self.regularize,
+        )
 
     def describe(self) -> str:
         """What it does."""

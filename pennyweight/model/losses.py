@@ -62,6 +62,34 @@ def row_loss(module: nn.Module, name: str, label: str, inputs: Sequence[str], al
     return of
 
 
+def dealt_loss(
+    module: nn.Module, teacher: nn.Module, name: str, schema: Schema, inputs: Sequence[str], alpha: float, temperature: float, weight: float
+) -> Loss:
+    """``row_loss`` with a teacher, and ``weight`` times its loss on pairs nobody labelled.
+
+    A batch's items are dealt anew to its users, and the teacher is asked about each pair. Rated pairs are few and the same
+    every epoch; these are as many as one likes, so a small model learns what the teacher thinks, not what it saw. Both
+    halves go through the model at once, which gives batch norm one set of statistics.
+    """
+    hard, soft = ROWS[name], functools.partial(SOFT[name], temperature)
+    items = {c.name for c in schema.role("item")}
+    features = [c.name for c in schema.features if c.name != TEACHER]
+    label = schema.label.name
+
+    def of(batch: Batch) -> Tensor:
+        size = len(batch[label])
+        deal = torch.randperm(size)
+        dealt = {n: batch[n][deal] if n in items else batch[n] for n in features}
+        output = call(module, {n: torch.cat([batch[n], dealt[n]]) for n in features}, inputs)
+        with torch.no_grad():
+            said = call(teacher, dealt, inputs)
+            known = batch[TEACHER] if TEACHER in batch else call(teacher, batch, inputs)
+        told = (1 - alpha) * hard(output[:size], batch[label]) + alpha * soft(output[:size], known)
+        return told + weight * soft(output[size:], said)
+
+    return of
+
+
 def _soft_bce(t: float, output: Tensor, teacher: Tensor) -> Tensor:
     return F.binary_cross_entropy_with_logits(output / t, torch.sigmoid(teacher / t)) * t**2
 

@@ -66,6 +66,8 @@ class Recipe:
     """What validation looks at: a name of ``metrics.METRICS``, or ``ndcg@10``, ``recall@20``, ``hit_rate@10``."""
     lr_decay: float = 0.1
     """Factor on the learning rate after an epoch that was no better; 1 keeps it."""
+    schedule: Literal["plateau", "cosine"] = "plateau"
+    """``plateau`` decays by ``lr_decay``; ``cosine`` falls to 0 over ``epochs``, which suits a training of known length."""
     clip: float = 0.0
     """Largest norm of all gradients together; 0 is no limit."""
     negatives: int = 256
@@ -78,13 +80,15 @@ class Recipe:
     """Weight of the teacher's outputs against the labels, when a teacher is given."""
     temperature: float = 1.0
     """Softens the teacher's and the student's probabilities."""
+    dealt: float = 0.0
+    """Weight of the teacher's outputs on pairs nobody labelled: a batch's items dealt anew to its users (needs item columns)."""
 
     def __post_init__(self) -> None:
         for name, low in (("lr", 0.0), ("batch", 1), ("epochs", 1), ("patience", 1), ("lr_decay", 0.0), ("temperature", 0.0)):
             value = getattr(self, name)
             if value < low or value == 0:
                 raise ConfigError(f"recipe {name} is {value}; it must be {'above 0' if low == 0 else 'at least 1'}")
-        for name in ("weight_decay", "embedding_l2", "clip", "negatives"):
+        for name in ("weight_decay", "embedding_l2", "clip", "negatives", "dealt"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"recipe {name} is {getattr(self, name)}; it must not be negative")
         if not 0 <= self.distill_alpha <= 1:
@@ -168,7 +172,7 @@ def fit(
     began = time.monotonic()
     rows = _rows(module, train, recipe)
     taught, batchwise = _taught(rows, teacher, recipe, inputs)
-    loss = _loss(module, rows, recipe, inputs, batchwise)
+    loss = _loss(module, taught, recipe, inputs, teacher if recipe.dealt else batchwise)
     judge = _judge(train, valid, recipe.metric, inputs)
     identity = "" if checkpoint is None else dumps([encode(recipe), seed, train.fingerprint, _shapes(module)])
     with torch.random.fork_rng(devices=[]), _interrupts() as interrupted:
@@ -282,6 +286,11 @@ def _loss(module: nn.Module, train: Dataset, recipe: Recipe, inputs: Sequence[st
     loss = losses.row_loss(module, recipe.loss, label, inputs, recipe.distill_alpha, recipe.temperature)
     if teacher is None:
         return loss
+    if recipe.dealt and train.schema.role("item"):
+        alpha, temperature = recipe.distill_alpha, recipe.temperature
+        return losses.dealt_loss(module, teacher.eval(), recipe.loss, train.schema, inputs, alpha, temperature, recipe.dealt)
+    if losses.TEACHER in train.schema:
+        return loss
 
     def asking(batch: Batch) -> Tensor:
         with torch.no_grad():
@@ -388,14 +397,12 @@ class _Run:
 
     def _epoch(self) -> bool:
         """Train to the end of the epoch; False if there is no time for all of it."""
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.state.lr
         self.module.train()
         done, first, began = self.state.step, self.state.step, time.monotonic()
         earlier = self.state.seconds
         seed = self.seed * 1_000_003 + self.state.epoch
         for batch in self.train.batches(self.recipe.batch, shuffle=True, seed=seed, start=done, drop_last=self.drop_last):
-            self._step(batch)
+            self._step(batch, done)
             done += 1
             now = time.monotonic()
             if now - self.ticked > TICK_S or done == self.steps:
@@ -409,7 +416,16 @@ class _Run:
         self.state = dataclasses.replace(self.state, step=done, seconds=earlier + time.monotonic() - began)
         return True
 
-    def _step(self, batch: Batch) -> None:
+    def _rate(self, done: int) -> float:
+        """The learning rate of a step; of the step's place alone, so that a resumed training has the same."""
+        if self.recipe.schedule == "plateau":
+            return self.state.lr
+        place = (self.state.epoch + done / self.steps) / self.recipe.epochs
+        return 0.5 * self.recipe.lr * (1 + math.cos(math.pi * place))
+
+    def _step(self, batch: Batch, done: int) -> None:
+        for group in self.optimizer.param_groups:
+            group["lr"] = self._rate(done)
         self.optimizer.zero_grad(set_to_none=True)
         loss = self.loss(batch)
         loss.backward()  # type: ignore[no-untyped-call]

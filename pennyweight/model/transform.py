@@ -45,8 +45,8 @@ class Env:
     """A trace of requests to measure with."""
     topology: Topology | None = None
     """The devices there are."""
-    teacher: Model | None = None
-    """The model as it was given, for distillation."""
+    teachers: tuple[Model, ...] = ()
+    """What distillation learns from, averaged: the model as it was given first, then others of its kind."""
     recipe: Recipe | None = None
     """How that model was trained: recovery carries the user's optimizer, regularizers and stopping rule."""
     seed: int = 0
@@ -60,7 +60,7 @@ class Env:
     def need(self, name: str, by: Transform) -> object:
         """The field ``name``, or a PlanError that says which transform lacks it."""
         value = getattr(self, name)
-        if value is None:
+        if value is None or value == ():
             raise PlanError(f"{type(by).__name__} needs env.{name}, which was not given")
         return value
 

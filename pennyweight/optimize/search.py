@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy.typing as npt
+import torch
 
 from pennyweight.accelerate.tune import Engine, tune
 from pennyweight.core import hardware
@@ -38,7 +39,9 @@ from pennyweight.core.errors import ConfigError, DataError, DeviceError, Infeasi
 from pennyweight.data.dataset import Dataset
 from pennyweight.model.bundle import Bundle, load, save
 from pennyweight.model.metrics import ranking
-from pennyweight.model.train import EpochLog, Progress
+from pennyweight.model.losses import ROWS
+from pennyweight.model.spec import Model, build
+from pennyweight.model.train import EpochLog, Progress, fit
 from pennyweight.model.transform import Env, Plan, Transform, plan
 from pennyweight.optimize import prove
 from pennyweight.optimize.cost import calibrate, described, money, objective, predict, sketch
@@ -76,6 +79,8 @@ class Options:
     """Items in the request that is timed."""
     tries: int = 3
     """Structures trained at most."""
+    teachers: int = 2
+    """Models trained from other seeds by the recipe, to teach beside the one given."""
     timing_s: float = 0.5
     """Seconds each trial is timed; the final comparison takes five times that."""
     force: bool = False
@@ -265,15 +270,18 @@ class Search:
         """The environment with a watcher that records epochs and holds the cap."""
         if step.stage != "training":
             return self.env
+        return dataclasses.replace(self.env, watch=self._hearing(run), deadline_s=max(1.0, self.left() - self.reserve))
+
+    def _hearing(self, run: str) -> Callable[[Progress | EpochLog], None]:
         def hear(event: Progress | EpochLog) -> None:
             if isinstance(event, Progress):
                 rate = f"{event.rows_per_s:,.0f} rows/s"
                 self.say("train", f"{run}: epoch {event.epoch}, loss {event.loss:.4f}, {rate}")
                 return
-            self.epoch_s = max(self.epoch_s, event.seconds)
+            self.epoch_s = event.seconds
             self.epochs.append(Epoch(run, event.epoch, event.loss, event.metric, event.seconds))
 
-        return dataclasses.replace(self.env, watch=hear, deadline_s=max(1.0, self.left() - self.reserve))
+        return hear
 
     @property
     def reserve(self) -> float:
@@ -342,6 +350,8 @@ class Search:
         for rung in free:
             self._attempt_types(rung, ())
         open_ = [r for r in rungs if r.structure and recovery(r.structure, self.env, 1) and self._promising(r.guesses[-1])]
+        if open_ and self.options.tries:
+            self.train_teachers()
         held = True
         for k in range(self.options.tries):
             if not open_ or not self._affordable():
@@ -372,6 +382,29 @@ class Search:
     def _affordable(self) -> bool:
         """Whether another training fits the cap beside the control and the proof."""
         return self.left() - self.reserve > 2 * max(self.epoch_s * min(3, self.options.epochs), 1.0)
+
+    def train_teachers(self) -> None:
+        """More models by the recipe, from other seeds, while at most a third of the cap is gone."""
+        spec, recipe, env = self.bundle.model.spec, self.env.recipe, self.env
+        if recipe is None or recipe.loss not in ROWS or spec.layers or env.train is None or env.valid is None:
+            return
+        for seed in range(env.seed + 1, env.seed + 1 + self.options.teachers):
+            run = f"teacher {seed}"
+            folder = self.out / "trained" / run.replace(" ", "-") if self.out else None
+            if folder is not None and self.known and (folder / "manifest.json").exists():
+                teacher = load(folder).model
+            else:
+                allowed = self.options.seconds / 3 - (time.monotonic() - self.started)
+                if allowed <= 0:
+                    return
+                with torch.random.fork_rng(devices=[]):
+                    torch.manual_seed(seed)
+                    module = build(spec, env.allow)
+                fit(module, env.train, env.valid, recipe, inputs=spec.inputs, seed=seed, progress=self._hearing(run), deadline_s=allowed)
+                teacher = Model.of(module, spec)
+                if folder is not None:
+                    save(Bundle(teacher), folder)
+            self.env = env = dataclasses.replace(env, teachers=(*env.teachers, teacher))
 
     def _attempt_types(self, rung: Rung, trained: Structure) -> bool:
         """Try a structure's data types; whether one held its quality."""
@@ -411,10 +444,14 @@ class Search:
             return None
         self.say("control", "training the model as given for as long, without compression")
         try:
-            return self.attempt(extra[:1], self.base, "control")
+            trial = self.attempt(extra[:1], self.base, "control")
         except KeyboardInterrupt:
             self.interrupted = True
             return None
+        if trial.measured is not None:
+            return trial
+        self.bundles[_key(Plan())] = self.bundle
+        return Trial("control", Plan(), self.base, self.base, note=f"the model as given: {trial.note}")
 
     def sequence(self) -> list[Trial]:
         """Finalists from safest to cheapest: each cheaper than the one before, and none but the best for its price."""
@@ -473,7 +510,7 @@ def optimize(
     """
     if env.train is None or env.valid is None or not len(test):
         raise DataError("optimize needs train, validation and test rows; split the data into three")
-    env = dataclasses.replace(env, teacher=env.teacher or bundle.model)
+    env = dataclasses.replace(env, teachers=env.teachers or (bundle.model,))
     search = Search(bundle, env, budget, test, options, out, watch)
     search.measure_baseline()
     search.worth_it()

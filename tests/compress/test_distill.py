@@ -75,7 +75,7 @@ def test_the_same_seed_gives_the_same_weights(given: Bundle, env: Env) -> None:
     assert all(torch.equal(one[n], two[n]) for n in one)
 
 
-@pytest.mark.parametrize("missing", ["teacher", "train", "valid", "recipe"])
+@pytest.mark.parametrize("missing", ["teachers", "train", "valid", "recipe"])
 def test_what_is_missing_is_named(missing: str, given: Bundle, env: Env) -> None:
     with pytest.raises(PlanError, match=rf"needs env\.{missing}"):
         Distill().apply(given, dataclasses.replace(env, **{missing: None}))

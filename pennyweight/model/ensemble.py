@@ -1,0 +1,35 @@
+"""Several models of one task as one: their opinions averaged.
+
+Used as a teacher. Models trained from different seeds make different mistakes, so their average is better than each, and a
+small student of it can be better than the one large model it replaces (Zhu et al. 2020, arXiv 2011.04106). Averaging is of
+what the loss is about: probabilities for a click or a class, the number itself for a regression; averaging logits lets one
+overconfident member decide.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from pennyweight.model.spec import Batch, call
+
+
+class Ensemble(nn.Module):
+    """The members' average, as logits again (as it is for ``mse``)."""
+
+    def __init__(self, members: Sequence[nn.Module], loss: str, inputs: Sequence[str] = ()) -> None:
+        super().__init__()
+        self.members = nn.ModuleList(members)
+        self.loss, self.columns = loss, tuple(inputs)
+
+    def forward(self, *given: Batch | Tensor) -> Tensor:
+        """Logits [B] or [B, classes], from what each member takes."""
+        batch = dict(zip(self.columns, given, strict=True)) if self.columns else given[0]
+        outputs = torch.stack([call(m, batch, self.columns) for m in self.members])  # type: ignore[arg-type]
+        if len(self.members) == 1 or self.loss == "mse":
+            return outputs.mean(0)
+        if self.loss == "cross-entropy":
+            return outputs.log_softmax(-1).exp().mean(0).log()
+        return torch.logit(outputs.sigmoid().mean(0), eps=1e-6)
