@@ -146,9 +146,8 @@ class Dataset:
             StorageError: the disk is full or the folder not writable; an older dataset there is untouched.
         """
         with writing(path, self.catalog, len(self)) as store:
-            for at in range(0, len(self), BLOCK):
-                rows = np.arange(at, min(at + BLOCK, len(self)))
-                store.put(at, {name: self._gather(name, rows) for name in self.columns})
+            for rows in self._stretches():
+                store.put(int(rows[0]), {name: self._gather(name, rows) for name in self.columns})
         return Dataset.open(path)
 
     def __len__(self) -> int:
@@ -262,11 +261,22 @@ class Dataset:
             rows = (blocks[at : at + together, None] * BLOCK + np.arange(BLOCK)).ravel()
             rows = rows[rows < len(self)]
             yield np.random.default_rng((seed, at)).permutation(rows) if shuffle else rows
-            if self.mapped is not None and len(blocks) > together:
-                self.mapped.madvise(mmap.MADV_DONTNEED)
+            if len(blocks) > together:
+                self._release()
 
     def _gather(self, name: str, rows: npt.NDArray[np.int64]) -> Array:
         return self.columns[name].take(self._at(rows), axis=0)
+
+    def _stretches(self) -> Iterator[npt.NDArray[np.int64]]:
+        """All row numbers in order, some blocks at a time; the pages of past ones are given back."""
+        for at in range(0, len(self), BLOCK * 16):
+            yield np.arange(at, min(at + BLOCK * 16, len(self)))
+            self._release()
+
+    def _release(self) -> None:
+        """Give mapped pages back: they stay in the system's cache and no longer count as this process's memory."""
+        if self.mapped is not None:
+            self.mapped.madvise(mmap.MADV_DONTNEED)
 
     def _at(self, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
         """Where rows of this view lie in ``columns``."""
@@ -317,11 +327,11 @@ class Dataset:
     def _tally(self, column: Column) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
         """Rows of each item id, and the first of them, a block at a time: no copy of the column."""
         counts, first = np.zeros(column.size, np.int64), np.zeros(column.size, np.int64)
-        for at in reversed(range(0, len(self), BLOCK * 16)):  # backwards, so that what is written last is the first row
-            rows = np.arange(at, min(at + BLOCK * 16, len(self)))
-            ids = self._gather(column.name, rows)
-            counts += np.bincount(ids, minlength=column.size)
-            first[ids[::-1]] = rows[::-1]
+        for rows in self._stretches():
+            ids, place, many = np.unique(self._gather(column.name, rows), return_index=True, return_counts=True)
+            new = counts[ids] == 0
+            first[ids[new]] = rows[place[new]]
+            counts[ids] += many
         return counts, first
 
     def _items(self, column: Column, counts: npt.NDArray[np.int64], first: npt.NDArray[np.int64]) -> pl.DataFrame:
@@ -447,8 +457,8 @@ def check(column: Column, values: Array, at: int = 0) -> None:
 def _digest(data: Dataset) -> str:
     sha = hashlib.sha256(dumps(data.schema).encode())
     for column in data.schema.columns:
-        for at in range(0, len(data), BLOCK * 16):
-            sha.update(data._gather(column.name, np.arange(at, min(at + BLOCK * 16, len(data)))).data)
+        for rows in data._stretches():
+            sha.update(data._gather(column.name, rows).data)
     return sha.hexdigest()
 
 
@@ -497,6 +507,11 @@ class Store:
         """Write rows from ``at`` on."""
         for name, values in columns.items():
             self.columns[name][at : at + len(values)] = values
+        self._map.madvise(mmap.MADV_DONTNEED)  # the map is shared: what was written is the file's, and no longer our memory
+
+    def whole(self) -> Dataset:
+        """The rows as a dataset, once all are put."""
+        return Dataset(self.catalog, self.columns, range(self.rows), "", WINDOW, self._map)
 
     def close(self) -> None:
         """Flush the rows and write the catalog and the head."""
@@ -504,11 +519,7 @@ class Store:
         files = self.catalog.files()
         for name, content in files.items():
             write(self.root / name, content)
-        head = {
-            "rows": self.rows,
-            "sha256": _digest(Dataset(self.catalog, self.columns, range(self.rows))),
-            "files": sorted(files),
-        }
+        head = {"rows": self.rows, "sha256": _digest(self.whole()), "files": sorted(files)}
         write(self.root / "dataset.json", dumps(head))
 
 

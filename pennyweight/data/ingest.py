@@ -277,7 +277,7 @@ def _encode(
             for spec, column in zip(columns, schema.columns, strict=True):
                 values = _coded(spec, column, frame, vocabularies) if spec.coded else _numbers(spec, column, frame, at)
                 store.put(at, {spec.name: values})
-        whole = Dataset(catalog, store.columns, range(raw.rows)).counted()
+        whole = store.whole().counted()
         store.catalog = (whole if items is None else whole.described(items)).catalog
     return Dataset.open(out)
 
