@@ -13,11 +13,10 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from pennyweight.core.errors import ConfigError
 from pennyweight.data.schema import PAD, Column
-from pennyweight.model.spec import Batch, call
+from pennyweight.model.spec import Batch
 
 
 def table(size: int, dim: int, std: float = 0.01) -> nn.Embedding:
@@ -173,16 +172,3 @@ class Interaction(nn.Module):
     def forward(self, fields: Tensor) -> Tensor:
         """[B, F, D] to [B, pairs]."""
         return torch.bmm(fields, fields.transpose(1, 2)).flatten(1).index_select(1, self.pairs)
-
-
-def flops(module: nn.Module, batch: Batch, inputs: Sequence[str] = ()) -> float:
-    """Floating point operations a row of this batch costs (multiplications of matrices and attention; a multiply-add is two).
-
-    Counted while the module runs, so it holds for anybody's module; lookups and element-wise work count as none.
-    """
-    rows = len(next(iter(batch.values())))
-    was = module.training
-    with torch.inference_mode(), FlopCounterMode(display=False) as counter:
-        call(module.eval(), batch, inputs)
-    module.train(was)
-    return float(counter.get_total_flops()) / rows

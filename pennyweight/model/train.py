@@ -43,7 +43,7 @@ TICK_S = 0.5
 SAVE_S = 60.0
 """Seconds between two checkpoints inside an epoch."""
 TEACHER_BYTES = 1 << 30
-"""A teacher's outputs are kept for all rows up to this many bytes, and computed anew each batch above."""
+"""A teacher's outputs are kept beside the rows up to this many bytes, and computed anew each batch above."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -268,10 +268,10 @@ def _taught(
     if recipe.loss not in losses.ROWS:
         raise ConfigError(f"a teacher can be followed with the losses {', '.join(losses.ROWS)}, not with {recipe.loss!r}")
     classes = train.schema.label.size if recipe.loss == "cross-entropy" else 0
-    if 4 * len(train) * max(1, classes) > TEACHER_BYTES:
+    stored = len(next(iter(train.columns.values())))
+    if 4 * stored * max(1, classes) > TEACHER_BYTES:
         return train, teacher
     said = scores(teacher, train, inputs=inputs)
-    stored = len(next(iter(train.columns.values())))
     column = np.zeros((stored, *said.shape[1:]), np.float32)
     column[np.asarray(train.rows)] = said
     schema = Schema((*train.schema.columns, Column(losses.TEACHER, "context", "numeric", length=classes)))

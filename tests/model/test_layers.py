@@ -98,12 +98,6 @@ def test_cross_multiplies_the_input_once_more_a_layer(rank: int) -> None:
     assert sum(p.numel() for p in made.parameters()) == 2 * (36 if not rank else 24) + 2 * 6
 
 
-def test_flops_are_those_of_the_matrices() -> None:
-    made = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 1))
-    assert layers.flops(made, {"x": torch.randn(10, 4)}, ("x",)) == 2 * (4 * 8 + 8)
-    assert made.training
-
-
 def test_pooled_is_the_mean_of_what_is_not_padding() -> None:
     rng = np.random.default_rng(0)
     ids = torch.from_numpy(rng.integers(0, 9, (20, 6)))
