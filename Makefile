@@ -19,8 +19,9 @@ env: .venv/stamp ## build .venv with everything the targets need
 	  { echo 'Pennyweight needs Python 3.11 or newer, and "$(PYTHON)" is not. Install one, or name it: make PYTHON=/path/to/python3.11'; exit 1; }
 	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || \
 	  { echo '"$(PYTHON)" cannot make environments. On Debian and Ubuntu: apt-get install python3-venv'; exit 1; }
-	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[$(EXTRAS)]'
+	@echo 'building .venv: PyTorch and the rest, a few minutes, once'
+	@$(PYTHON) -m venv .venv
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[$(EXTRAS)]'
 	@touch $@
 
 demo: .venv/stamp ## train, optimize, prove, report and answer a request, on the shipped sample
