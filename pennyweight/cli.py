@@ -36,7 +36,10 @@ out_console, err_console = Console(), Console(stderr=True)
 
 Folder = Annotated[Path, typer.Option("--out", help="Folder to write.")]
 Allow = Annotated[
-    list[str], typer.Option("--allow", help="Import path of a model factory that may be loaded (a module or module:name). Loading runs its code.")
+    list[str],
+    typer.Option(
+        "--allow", help="Import path of a model factory that may be loaded (a module or module:name). Loading runs its code."
+    ),
 ]
 Seed = Annotated[int, typer.Option(help="Every random number follows from it.")]
 
@@ -82,11 +85,20 @@ def demo(
 
 @app.command()
 def train(
-    data: Annotated[str, typer.Argument(help="`sample`, a prepared dataset folder, a CSV or Parquet file, or NAME:FOLDER (see --help of the docs) of a known data set.")],
+    data: Annotated[
+        str,
+        typer.Argument(help="`sample`, a prepared dataset folder, a CSV or Parquet file, or NAME:FOLDER of a known data set."),
+    ],
     out: Folder = Path("runs/run"),
-    model: Annotated[str, typer.Option(help="dnn, deepfm, dcnv2, dlrm, mf, two-tower or sasrec; or your own, as package.module:factory.")] = "deepfm",
+    model: Annotated[
+        str, typer.Option(help="dnn, deepfm, dcnv2, dlrm, mf, two-tower or sasrec; or your own, as package.module:factory.")
+    ] = "deepfm",
     column: Annotated[
-        list[str], typer.Option("--column", help="For a file: NAME:ROLE:KIND, role user, item, context, label or time, kind categorical, numeric, sequence or time. Repeat.")
+        list[str],
+        typer.Option(
+            "--column",
+            help="For a file, repeated: NAME:ROLE:KIND; roles user, item, context, label, time; kinds categorical, numeric, sequence, time.",
+        ),
     ] = [],  # noqa: B006  (typer reads it)
     dim: Annotated[int, typer.Option(help="Numbers in an embedding row.")] = 16,
     hidden: Annotated[str, typer.Option(help="Widths of the hidden layers.")] = "400,400,400",
@@ -95,7 +107,9 @@ def train(
     batch: Annotated[int, typer.Option(help="Rows a step.")] = 4096,
     epochs: Annotated[int, typer.Option(help="Epochs at most; training stops early.")] = 50,
     embedding_l2: Annotated[float, typer.Option(help="L2 on embedding tables.")] = 0.05,
-    loss: Annotated[str, typer.Option(help="bce, cross-entropy, mse, bpr, sampled-softmax or gbce; the model's usual one by default.")] = "",
+    loss: Annotated[
+        str, typer.Option(help="bce, cross-entropy, mse, bpr, sampled-softmax or gbce; the model's usual one by default.")
+    ] = "",
     metric: Annotated[str, typer.Option(help="What validation looks at; auc, or ndcg@10 for retrieval, by default.")] = "",
     args: Annotated[str, typer.Option(help="Your own model's arguments, as JSON.")] = "{}",
     inputs: Annotated[str, typer.Option(help="Columns your own model's forward takes, as a,b.")] = "",
@@ -126,7 +140,10 @@ def train(
             allow=tuple(allow), watch=watch,
         )  # fmt: skip
     best = max(e.metric for e in run.epochs) if run.epochs else float("nan")
-    out_console.print(f"{out}/bundle: {model}, validation {metric} {best:.4f} in {run.seconds:.0f} s. Next: pennyweight optimize {out}", highlight=False)
+    out_console.print(
+        f"{out}/bundle: {model}, validation {metric} {best:.4f} in {run.seconds:.0f} s. Next: pennyweight optimize {out}",
+        highlight=False,
+    )
 
 
 @app.command()
@@ -157,14 +174,18 @@ def optimize(
         outcome = job.improve(run, budgets.parse(budget), options, out=out, resume=resume, allow=tuple(allow), watch=step)
     out_console.print(table(outcome.result))
     target = out or run
-    serve = f"serve it:  pennyweight serve {target}/best" if outcome.result.chosen else "nothing was proven; the run's own bundle stays"
+    serve = (
+        f"serve it:  pennyweight serve {target}/best"
+        if outcome.result.chosen
+        else "nothing was proven; the run's own bundle stays"
+    )
     out_console.print(f"report     {target}/report.html          {serve}", highlight=False)
 
 
 @app.command()
 def apply(
     bundle: Annotated[Path, typer.Argument(help="A bundle folder.")],
-    plan: Annotated[Path, typer.Argument(help="A plan as JSON: {\"transforms\": [{\"transform\": \"quantize-tables\", ...}]}.")],
+    plan: Annotated[Path, typer.Argument(help='A plan as JSON: {"transforms": [{"transform": "quantize-tables", ...}]}.')],
     out: Folder,
     run: Annotated[Path | None, typer.Option(help="The run folder, for transforms that train or calibrate.")] = None,
     allow: Allow = [],  # noqa: B006
@@ -179,10 +200,22 @@ def apply(
     before, env = load(bundle), Env(topology=hardware.detect(), allow=tuple(allow))
     if run is not None:
         record, given, _, parts = job.open_run(run)
-        env = Env(parts.train, parts.valid, parts.train, None, hardware.detect(), (given.model,), record.recipe, record.seed, tuple(allow))
+        env = Env(
+            parts.train,
+            parts.valid,
+            parts.train,
+            None,
+            hardware.detect(),
+            (given.model,),
+            record.recipe,
+            record.seed,
+            tuple(allow),
+        )
     after = made.apply(before, env)
     save(after, out)
-    out_console.print(f"{out}: {before.bytes:,} -> {after.bytes:,} bytes ({before.bytes / after.bytes:.1f}x smaller)", highlight=False)
+    out_console.print(
+        f"{out}: {before.bytes:,} -> {after.bytes:,} bytes ({before.bytes / after.bytes:.1f}x smaller)", highlight=False
+    )
 
 
 @app.command()
@@ -223,7 +256,9 @@ def bench(
     trace = Trace.sample(catalog, 64, candidates, seed)
     requests = tuple(lambda r=r: r.batch(catalog) for r in trace)
     costs = race(held, Bench(requests, len(trace.requests[0].items), seconds), tuple(allow))
-    shown = Table("bundle", "bytes", "p50 ms", "p99 ms", "smaller", "faster at p99", title=f"one user, {costs[0].candidates} candidates")
+    shown = Table(
+        "bundle", "bytes", "p50 ms", "p99 ms", "smaller", "faster at p99", title=f"one user, {costs[0].candidates} candidates"
+    )
     for path, spent in zip(bundles, costs, strict=True):
         ratios = f"{costs[0].bytes / spent.bytes:.1f}x", f"{costs[0].p99_ms / spent.p99_ms:.1f}x"
         shown.add_row(str(path), f"{spent.bytes:,}", f"{spent.p50_ms:.3f}", f"{spent.p99_ms:.3f}", *ratios)
@@ -275,7 +310,9 @@ def doctor() -> None:
     topology = hardware.detect()
     for device in topology.devices:
         memory = f"{device.memory_bytes / 2**30:.1f} GiB"
-        out_console.print(f"{device.name}: {device.model}, {device.cores} cores, {memory}, {' '.join(device.features)}", highlight=False)
+        out_console.print(
+            f"{device.name}: {device.model}, {device.cores} cores, {memory}, {' '.join(device.features)}", highlight=False
+        )
     shown = Table("extra", "installed", "what it brings", "to get it")
     for extra in hardware.extras():
         shown.add_row(extra.name, extra.installed or "-", extra.brings, extra.remedy)
@@ -297,10 +334,15 @@ def _watching() -> Iterator[tuple[Callable[[str], None], Callable[[Trained | Epo
 
         def watch(event: Trained | EpochLog) -> None:
             if isinstance(event, EpochLog):
-                progress.console.print(f"  epoch {event.epoch}: loss {event.loss:.4f}, validation {event.metric:.4f}, {event.seconds:.1f} s", highlight=False)
+                progress.console.print(
+                    f"  epoch {event.epoch}: loss {event.loss:.4f}, validation {event.metric:.4f}, {event.seconds:.1f} s",
+                    highlight=False,
+                )
                 return
             share = (event.epoch - 1 + event.step / event.steps) / event.epochs
-            progress.update(task, completed=share, description=f"epoch {event.epoch}: loss {event.loss:.4f}, {event.rows_per_s:,.0f} rows/s")
+            progress.update(
+                task, completed=share, description=f"epoch {event.epoch}: loss {event.loss:.4f}, {event.rows_per_s:,.0f} rows/s"
+            )
 
         def step(event: Any) -> None:
             progress.update(task, completed=event.share, description=event.message[:100])
@@ -330,7 +372,7 @@ def _model_args(model: str, dim: int, hidden: str, dropout: float) -> dict[str, 
 
 
 def _dataset(data: str, columns: list[str], out: Path) -> tuple[Any, str, tuple[float, float, float]]:
-    """The dataset a person named (the sample, a prepared folder, a known set in its folder, or a file) and how it is best split."""
+    """The dataset a person named (sample, prepared folder, known set, or file) and how it is best split."""
     from pennyweight.data import ingest, loaders, sample
     from pennyweight.data.dataset import Dataset
 

@@ -18,13 +18,13 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
 from pennyweight.core.budget import Budget
 from pennyweight.core.config import dumps, loads, write
-from pennyweight.core.errors import ConfigError, DataError
+from pennyweight.core.errors import ConfigError, DataError, Infeasible
 from pennyweight.data.dataset import Dataset, How, Split
 from pennyweight.data.events import EventLog
 from pennyweight.model import ranking, retrieval, sequential
@@ -34,7 +34,7 @@ from pennyweight.model.spec import Model, Spec, build, spec_of
 from pennyweight.model.train import EpochLog, Fit, Progress, Recipe, fit
 from pennyweight.model.transform import Env
 from pennyweight.optimize.search import Options, Outcome, Step, optimize
-from pennyweight.optimize.trial import Epoch
+from pennyweight.optimize.trial import Epoch, Result
 from pennyweight.report import render, summary
 
 MODELS: Mapping[str, type[torch.nn.Module]] = {
@@ -178,11 +178,24 @@ def improve(
     env = Env(train=parts.train, valid=parts.valid, calib=parts.train, recipe=run.recipe, seed=run.seed, allow=allow)
     rows = f"{len(parts.train):,} / {len(parts.valid):,} / {len(parts.test):,} rows, split by {run.split}"
     options = dataclasses.replace(
-        options, metric=run.recipe.metric, data=f"{run.data} {rows}".strip(), references=run.references, epochs_before=run.epochs
+        options,
+        model=run.name,
+        metric=run.recipe.metric,
+        data=f"{run.data} {rows}".strip(),
+        references=run.references,
+        epochs_before=run.epochs,
     )
-    outcome = optimize(bundle, env, budget, parts.test, options, out=target, resume=resume, watch=watch)
-    write(target / "report.html", render(outcome.result))
-    write(target / "summary.json", dumps(summary(outcome.result)))
+    try:
+        outcome = optimize(bundle, env, budget, parts.test, options, out=target, resume=resume, watch=watch)
+    except Infeasible:
+        draw(target)
+        raise
+    draw(target)
     return outcome
 
 
+def draw(folder: Path) -> None:
+    """The report and the summary of the record in a folder, beside it."""
+    result = loads(Result, (folder / "result.json").read_bytes(), str(folder / "result.json"))
+    write(folder / "report.html", render(result))
+    write(folder / "summary.json", dumps(summary(result)))

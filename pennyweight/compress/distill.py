@@ -48,7 +48,7 @@ class Distill(Transform):
     """Weight of the teacher's answers about pairs nobody labelled: each batch's items are dealt anew to its users. Needs item
     columns; without them it is 0."""
     regularize: float = 1.0
-    """Factor on the recipe's decays and the model's dropout: with the teacher's answers without end there is less to overfit."""
+    """Factor on the recipe's decays and the model's dropout: answers without end leave less to overfit."""
     schedule: Literal["plateau", "cosine"] = "plateau"
     """``cosine`` for a recovery of few epochs; ``plateau`` is the recipe's own decay."""
 

@@ -134,7 +134,9 @@ class Budget:
 
 def size(bytes: float, digits: int = 3) -> str:
     """Bytes for a person: ``1.5 MB`` (a kB is 1000)."""
-    scale, unit = next(((s, u) for s, u in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")) if bytes >= s), (1, "B"))
+    scale, unit = next(
+        ((s, u) for s, u in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")) if float(f"{bytes:.{digits}g}") >= s), (1, "B")
+    )
     return f"{bytes / scale:.{digits}g} {unit}"
 
 

@@ -64,7 +64,7 @@ def _base(cls: type) -> type | None:
     return next((b for b in cls.__mro__ if b in _FAMILIES), None)
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _hints(cls: type) -> dict[str, Any]:
     return typing.get_type_hints(cls)
 
@@ -213,6 +213,7 @@ def write(path: str | os.PathLike[str], content: str | bytes) -> None:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)  # mkstemp makes files for their owner alone
         os.replace(temporary, target)
     except OSError as error:
         if temporary and os.path.exists(temporary):

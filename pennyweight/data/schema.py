@@ -39,7 +39,9 @@ class Column:
 
     def __post_init__(self) -> None:
         if self.kind in ("categorical", "sequence") and self.role != "label" and self.size < FIRST + 1:
-            raise ConfigError(f"column {self.name!r}: size {self.size}, but {FIRST} ids are reserved; give at least {FIRST + 1}")
+            raise ConfigError(
+                f"column {self.name!r}: size {self.size}, but {FIRST} ids are reserved; give at least {FIRST + 1}"
+            )
         if self.kind == "sequence" and self.length < 1:
             raise ConfigError(f"column {self.name!r}: a sequence needs a length of at least 1, got {self.length}")
 
@@ -84,6 +86,7 @@ class Schema:
 
     @property
     def label(self) -> Column:
+        """The one column of role ``label``."""
         return self._one("label")
 
     @property

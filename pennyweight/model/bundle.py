@@ -128,7 +128,9 @@ def save(bundle: Bundle, path: str | os.PathLike[str]) -> Path:
         temporary.chmod(0o755)
         _swap(temporary, target)
     except OSError as error:
-        raise StorageError(f"could not write the bundle {target}: {error.strerror}; free some room or name another folder") from error
+        raise StorageError(
+            f"could not write the bundle {target}: {error.strerror}; free some room or name another folder"
+        ) from error
     finally:
         if temporary is not None and temporary.exists():
             shutil.rmtree(temporary, ignore_errors=True)
@@ -212,9 +214,13 @@ def _checked(root: Path, name: str, want: Mapping[str, Any]) -> bytes:
     try:
         data = (root / name).read_bytes()
     except OSError as error:
-        raise BundleError(f"{root}/{name} cannot be read: {error.strerror}; the bundle is incomplete, copy or save it again") from error
+        raise BundleError(
+            f"{root}/{name} cannot be read: {error.strerror}; the bundle is incomplete, copy or save it again"
+        ) from error
     if len(data) != want.get("bytes"):
-        raise BundleError(f"{root}/{name} has {len(data)} bytes, the manifest says {want.get('bytes')}: truncated or changed, copy it again")
+        raise BundleError(
+            f"{root}/{name} has {len(data)} bytes, the manifest says {want.get('bytes')}: truncated or changed, copy it again"
+        )
     if hashlib.sha256(data).hexdigest() != want.get("sha256"):
         raise BundleError(f"{root}/{name} does not match its SHA-256: damaged or changed, copy it again")
     return data

@@ -63,7 +63,14 @@ def row_loss(module: nn.Module, name: str, label: str, inputs: Sequence[str], al
 
 
 def dealt_loss(
-    module: nn.Module, teacher: nn.Module, name: str, schema: Schema, inputs: Sequence[str], alpha: float, temperature: float, weight: float
+    module: nn.Module,
+    teacher: nn.Module,
+    name: str,
+    schema: Schema,
+    inputs: Sequence[str],
+    alpha: float,
+    temperature: float,
+    weight: float,
 ) -> Loss:
     """``row_loss`` with a teacher, and ``weight`` times its loss on pairs nobody labelled.
 

@@ -161,7 +161,9 @@ def resolve(factory: str, allow: Sequence[str] = ()) -> Any:
         raise ConfigError(f"factory {factory!r} is not of the form package.module:name")
     ours = package.startswith("pennyweight.model.")
     if not ours and not any(factory == a or package == a or package.startswith(a + ".") for a in allow):
-        raise ConfigError(f"factory {factory!r} is not allowed, and importing it runs its code; allow it with --allow {package}")
+        raise ConfigError(
+            f"factory {factory!r} is not allowed, and importing it runs its code; allow it with --allow {package}"
+        )
     try:
         target = getattr(importlib.import_module(package), name)
     except (ImportError, AttributeError) as error:

@@ -81,7 +81,7 @@ class Recipe:
     temperature: float = 1.0
     """Softens the teacher's and the student's probabilities."""
     dealt: float = 0.0
-    """Weight of the teacher's outputs on pairs nobody labelled: a batch's items dealt anew to its users (needs item columns)."""
+    """Weight of the teacher's outputs on pairs nobody labelled: a batch's items dealt anew to its users (needs items)."""
 
     def __post_init__(self) -> None:
         for name, low in (("lr", 0.0), ("batch", 1), ("epochs", 1), ("patience", 1), ("lr_decay", 0.0), ("temperature", 0.0)):

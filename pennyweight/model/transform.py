@@ -121,7 +121,9 @@ class Plan:
         ranks = [STAGES.index(t.stage) for t in self.transforms]
         for before, after, t in zip(ranks, ranks[1:], self.transforms[1:], strict=False):
             if after < before:
-                raise PlanError(f"{type(t).__name__} ({t.stage}) comes after {STAGES[before]}; the order is {', '.join(STAGES)}")
+                raise PlanError(
+                    f"{type(t).__name__} ({t.stage}) comes after {STAGES[before]}; the order is {', '.join(STAGES)}"
+                )
 
     def apply(self, bundle: Bundle, env: Env) -> Bundle:
         """The bundle after all of them."""

@@ -54,7 +54,12 @@ def calibrate(candidates: int = 500, seconds: float = 0.05) -> Rates:
         ids = torch.randint(0, 2000, (candidates,), generator=generator)
         x = torch.randn(candidates, 256, generator=generator)
         dense = {kind: Dense(256, 256, data_type=kind) for kind in ("fp32", "int8")}
-        tables = [Table(2000, 16), Table(2000, 16, data_type="int8"), Table(2000, 16, data_type="int4"), Table(2000, 16, "codebook", parts=4, codes=256)]
+        tables = [
+            Table(2000, 16),
+            Table(2000, 16, data_type="int8"),
+            Table(2000, 16, data_type="int4"),
+            Table(2000, 16, "codebook", parts=4, codes=256),
+        ]
         call = _time(Dense(8, 8), x[:1, :8], seconds)
         flops = {kind: candidates * layer.flops() / max(_time(layer, x, seconds) - call, 1e-6) for kind, layer in dense.items()}
         rows = {f"{t.layout} {t.data_type}": candidates / max(_time(t, ids, seconds) - call, 1e-6) for t in tables}

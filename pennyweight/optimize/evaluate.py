@@ -114,7 +114,9 @@ def parts(bundle: Bundle, bench: Bench, allow: Sequence[str] = (), rounds: int =
     return (*made, Part("everything else", "glue", max(0, rest), max(0.0, total - sum(p.ms for p in made)), 0))
 
 
-def _timed(module: nn.Module, path: str, spent: dict[str, float], rows: dict[str, int]) -> list[torch.utils.hooks.RemovableHandle]:
+def _timed(
+    module: nn.Module, path: str, spent: dict[str, float], rows: dict[str, int]
+) -> list[torch.utils.hooks.RemovableHandle]:
     begun = [0.0]
 
     def before(_: nn.Module, args: tuple[Tensor, ...]) -> None:

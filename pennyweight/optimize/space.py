@@ -10,6 +10,7 @@ A new technique is one more entry here.
 
 from __future__ import annotations
 
+import fnmatch
 from collections.abc import Mapping
 from itertools import product
 
@@ -29,6 +30,9 @@ Levels = tuple[int, ...]
 KEEP = (0.5, 0.25, 0.125)
 """Shares of neurons kept; each halving about quarters the dense work."""
 
+RETRIEVAL = ("retrieval.*",)
+"""The stage of a cascade that the ranking metric does not see; it is never compressed beyond what is free."""
+
 WIDTHS = (4, 8)
 """Numbers of a row that share one code: 16x and 32x smaller than fp32, codebooks aside."""
 
@@ -40,10 +44,16 @@ def structures(bundle: Bundle, layers: Mapping[str, Layer], env: Env) -> dict[Le
         prunes += [(PruneNeurons(keep=keep),) for keep in KEEP]
     dims = [layer.dim for layer in layers.values() if isinstance(layer, Table) and layer.layout == "full" and layer.rows > 512]
     shares: list[Structure] = [()]
+    apart = RETRIEVAL if staged(layers) else ()
     if dims:
         usual = max(set(dims), key=dims.count)
-        shares += [(ShareRows(parts=usual // width),) for width in WIDTHS if usual % width == 0 and usual > width]
+        shares += [(ShareRows(parts=usual // width, skip=apart),) for width in WIDTHS if usual % width == 0 and usual > width]
     return {(i, k): (*prune, *share) for (i, prune), (k, share) in product(enumerate(prunes), enumerate(shares))}
+
+
+def staged(layers: Mapping[str, Layer]) -> bool:
+    """Whether these are the layers of a cascade, with a retrieval stage."""
+    return any(fnmatch.fnmatchcase(path, pattern) for path in layers for pattern in RETRIEVAL)
 
 
 def stronger(a: Levels, b: Levels) -> bool:
@@ -67,11 +77,19 @@ def recovery(structure: Structure, env: Env, epochs: int) -> Structure:
 
 
 def types(layers: Mapping[str, Layer], norms: bool) -> list[Structure]:
-    """Data types to try on a structure, mild first."""
-    shared = any(isinstance(layer, Table) and layer.layout == "codebook" for layer in layers.values())
-    tables = any(isinstance(layer, Table) for layer in layers.values())
-    dense = any(not isinstance(layer, Table) for layer in layers.values())
+    """Data types to try on a structure, mild first; retrieval's tables keep 8 bits, where its recall costs nothing."""
+    held = {path: layer for path, layer in layers.items() if isinstance(layer, Table)}
+    shared = any(layer.layout == "codebook" for layer in held.values())
+    wide: Structure = (QuantizeTables("int8", only=RETRIEVAL),) if staged(held) else ()
+    mild, strong = ("fp16", "int8") if shared else ("int8", "int4")
+    rows: dict[str, Structure] = {
+        t: (*wide, QuantizeTables(t, skip=RETRIEVAL if wide else ())) for t in ("fp16", "int8", "int4")
+    }
     fold: Structure = (FoldNorms(),) if norms else ()
-    mild, strong = (QuantizeTables("fp16"), QuantizeTables("int8")) if shared else (QuantizeTables("int8"), QuantizeTables("int4"))
-    choices = [(mild, QuantizeDense("int8")), (strong, QuantizeDense("int8")), (strong, QuantizeDense("int4"))]
-    return [(*fold, *((rows,) if tables else ()), *((weights,) if dense else ())) for rows, weights in choices]
+    dense = len(held) < len(layers)
+    choices: list[tuple[str, Structure]] = [
+        (mild, (QuantizeDense("int8"),)),
+        (strong, (QuantizeDense("int8"),)),
+        (strong, (QuantizeDense("int4"),)),
+    ]
+    return [(*fold, *(rows[t] if held else ()), *(d if dense else ())) for t, d in choices]

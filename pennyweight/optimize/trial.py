@@ -38,14 +38,14 @@ class Quality:
     baseline: float
     value: float
     drop: float
-    """baseline - value: negative is better than the baseline."""
+    """Quality lost, towards worse whatever the metric: negative is better than the baseline."""
     drop_low_95: float
     drop_upper_95: float
     """One-sided 95 % bounds of the drop."""
     margin: float
     verdict: Verdict
     method: str
-    """The test: ``delong`` (rows) or ``bootstrap`` (users resampled)."""
+    """The test in words, e.g. ``DeLong clustered by 671 users``."""
     rows_needed: int = 0
     """For *cannot tell*: about how many rows would decide it at this drop and spread; 0 if no number would."""
 
@@ -135,5 +135,7 @@ class Result:
     data: str = ""
     """One line on the data and its split."""
     price: Price | None = None
+    model: str = ""
+    """What was optimized, e.g. ``DeepFM``."""
     savings: tuple[str, ...] = ()
     """What the chosen plan saves per million requests, in plain sentences."""

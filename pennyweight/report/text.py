@@ -62,7 +62,8 @@ def _lines(result: Result) -> Iterable[tuple[str, str]]:
         parts = result.parts_after if each is trial else result.parts_before
         quality = f"{name_of(q.metric)} {rounded(q.value)}" if q else ""
         time = " " * 12 if role == "control" else f"p99 {ms(spent.p99_ms):>8}"  # a control is not deployed, only compared
-        yield role, f"{_types(parts):12} {size(spent.bytes):>7}   {time}   {quality}".rstrip()
+        what = f"{result.model}  {_types(parts):12}".lstrip()
+        yield role, f"{what} {size(spent.bytes):>7}   {time}   {quality}".rstrip()
     request = f"one user with {cost_of(result.baseline).candidates} candidates"
     yield ("gain", f"{', '.join(gains(result, trial))} for {request}") if trial else ("request", request)
     if trial is not None:

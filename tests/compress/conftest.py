@@ -90,5 +90,11 @@ def given() -> Bundle:
 def env(given: Bundle) -> Env:
     train = dataset(8000, 0)
     return Env(
-        train=train, valid=dataset(2000, 1), calib=train.head(1000), teachers=(given.model,), recipe=RECIPE, seed=3, allow=("shop",)
+        train=train,
+        valid=dataset(2000, 1),
+        calib=train.head(1000),
+        teachers=(given.model,),
+        recipe=RECIPE,
+        seed=3,
+        allow=("shop",),
     )

@@ -137,4 +137,3 @@ def test_a_retrieval_model_is_proven_by_its_ranking(tmp_path: Path) -> None:
     result = job.improve(tmp_path / "run", parse("ndcg@10 drop <= 0.05"), QUICK).result
     assert result.chosen is not None and result.chosen.proof is not None
     assert result.chosen.proof.metric == "ndcg@10" and result.chosen.proof.rows <= 300
-
