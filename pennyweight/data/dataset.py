@@ -303,7 +303,7 @@ class Dataset:
         """The same rows, with what there is to show of items (``title``, ``genres``, ``year``) in the catalog.
 
         ``items`` has the item column under its name, with values as before encoding, one row each; items without a row there
-        show nothing.
+        show nothing, and of items that a hash throws together the first is shown.
 
         Raises:
             DataError: it has no such column, a value twice, or a column named like a feature of items.
@@ -316,13 +316,12 @@ class Dataset:
         if items[name].n_unique() != len(items):
             raise DataError(f"the table of items has a {name!r} twice; keep one row each")
         ids = self.catalog.vocabulary(name).encode(items[name])
-        shown = items.with_columns(pl.Series(name, ids)).filter(pl.col(name) >= FIRST)
+        shown = items.with_columns(pl.Series(name, ids)).filter(pl.col(name) >= FIRST).unique(name, keep="first")
         table = self.catalog.items if self.catalog.items is not None else self.counted().catalog.items
         assert table is not None, "a schema with items counts them"
         kept = table.select(c for c in table.columns if c in {name, *taken})
-        return dataclasses.replace(
-            self, catalog=self.catalog.replace(items=kept.join(shown, name, "left", maintain_order="left"))
-        )
+        joined = kept.join(shown, name, "left", maintain_order="left")
+        return dataclasses.replace(self, catalog=self.catalog.replace(items=joined))
 
     def _tally(self, column: Column) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
         """Rows of each item id, and the first of them, a block at a time: no copy of the column."""

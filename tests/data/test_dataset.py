@@ -288,6 +288,16 @@ def test_what_is_shown_of_items(rows: Dataset) -> None:
         rows.described(pl.DataFrame({"item": [1, 1]}))
 
 
+def test_hashed_items_are_shown_once_each() -> None:
+    schema = Schema((Column("item", "item", "categorical", 4, hashed=True), Column("label", "label", "numeric")))
+    data = Dataset.from_arrays({"item": np.array([2, 3, 3]), "label": np.zeros(3)}, schema)
+    values = list("abcdef")
+    items = data.described(pl.DataFrame({"item": values, "title": values})).catalog.items
+    ids = data.catalog.vocabulary("item").encode(values).tolist()
+    assert items is not None and items["item"].to_list() == [2, 3]
+    assert items["title"].to_list() == [values[ids.index(2)], values[ids.index(3)]]
+
+
 def test_rows_are_one_arrow_batch_anybody_can_read(tmp_path: Path, rows: Dataset) -> None:
     rows.save(tmp_path / "d")
     frame = pl.read_ipc(tmp_path / "d" / "rows.arrow")
