@@ -15,6 +15,7 @@ BELOW["report"] = {*BELOW["optimize"], "optimize"}
 BELOW["job"] = {*BELOW["report"], "report"}
 BELOW["demo"] = {*BELOW["job"], "job", "serve"}
 BELOW["cli"] = {*BELOW["demo"], "demo"}
+BELOW["__main__"] = {"cli"}
 FILES = sorted(p for p in ROOT.rglob("*.py") if p.name != "__init__.py")
 
 
