@@ -27,6 +27,7 @@ from pennyweight.core.errors import ConfigError, PlanError
 from pennyweight.data.dataset import Dataset
 from pennyweight.model.bundle import Bundle
 from pennyweight.model.dense import Dense, Identity, Norm
+from pennyweight.model.layers import Dropout
 from pennyweight.model.spec import Layer, call, replace
 from pennyweight.model.transform import Env, Transform
 
@@ -35,7 +36,7 @@ ROWS = 4096
 
 _BETWEEN = (
     *(nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.ELU, nn.SELU, nn.CELU, nn.GELU, nn.SiLU, nn.Mish, nn.Sigmoid, nn.Tanh),
-    *(nn.Softplus, nn.Hardswish, nn.Hardtanh, nn.Hardsigmoid, nn.Dropout, nn.Identity),
+    *(nn.Softplus, nn.Hardswish, nn.Hardtanh, nn.Hardsigmoid, nn.Dropout, Dropout, nn.Identity),
 )
 """Layers that treat each number on its own, so that neurons may go."""
 
@@ -254,7 +255,7 @@ class FoldNorms(Transform):
 def _fold(module: nn.Module, run: Sequence[tuple[str, nn.Module]]) -> Iterator[str]:
     """Fold the batch norms of a run in place, and name what changed."""
     # What does nothing in evaluation does not come between.
-    paths = [path for path, layer in run if type(layer) not in (nn.Dropout, nn.Identity)]
+    paths = [path for path, layer in run if type(layer) not in (nn.Dropout, Dropout, nn.Identity)]
     for at, path in enumerate(paths):
         norm = module.get_submodule(path)
         if not _norm(norm):

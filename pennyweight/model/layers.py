@@ -71,7 +71,7 @@ class Lookup(nn.Module):
 
     def forward(self, batch: Batch, tables: nn.ModuleDict) -> Tensor:
         """[B, width]."""
-        parts = [pooled(tables[t], batch[n]) if many else tables[t](batch[n]) for n, t, many in self._lookups]
+        parts = [_looked_up(tables[t], batch[n], many) for n, t, many in self._lookups]
         if self._numbers:
             numbers = [batch[n] if vector else batch[n].unsqueeze(1) for n, vector in self._numbers]
             parts.append(self.norm(torch.cat(numbers, 1)))
@@ -81,6 +81,18 @@ class Lookup(nn.Module):
         """Views of the output: the embeddings [B, F, D] and the numbers [B, N]."""
         cut = self.fields * self.dim
         return flat[:, :cut].view(-1, self.fields, self.dim), flat[:, cut:]
+
+
+def _looked_up(rows: nn.Module, ids: Tensor, many: bool) -> Tensor:
+    """The rows of a column [B, D], pooled where it holds many ids; once for all where every row of the batch is the same.
+
+    A request's user columns are one row expanded over its candidates, which its stride of 0 tells at no cost. A graph that is
+    being traced must hold for other batches too, so there every row is looked up.
+    """
+    alone = ids.stride(0) == 0 and len(ids) > 1 and not torch.compiler.is_compiling() and not torch.onnx.is_in_onnx_export()
+    asked = ids[:1] if alone else ids
+    found: Tensor = pooled(rows, asked) if many else rows(asked)
+    return found.expand(len(ids), -1) if alone else found
 
 
 class Embeddings(nn.Module):
@@ -109,6 +121,23 @@ class Embeddings(nn.Module):
         return self.lookup.split(flat)[1]
 
 
+class Dropout(nn.Dropout):
+    """``nn.Dropout`` with a byte of randomness a number, so ``p`` is rounded to a multiple of 1/256.
+
+    PyTorch draws a double for each number, on one thread: 4 ms for 1,024 rows of 400 here, a third of a training step. Eight
+    bytes cut out of each random word take a tenth of that.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The input in evaluation; in training each number is zeroed with probability ``p``, the rest scaled up."""
+        cut = round(256 * self.p)
+        if not self.training or not cut:
+            return x
+        words = torch.empty(-(-x.numel() // 8), dtype=torch.int64, device=x.device).random_(-(2**63), None)
+        kept = words.view(torch.uint8)[: x.numel()].view(x.shape) >= cut
+        return x * kept * (256 / (256 - cut))
+
+
 class MLP(nn.Sequential):
     """Linear, batch norm, ReLU, dropout for each hidden width; then one linear layer if ``outputs`` is given."""
 
@@ -116,7 +145,7 @@ class MLP(nn.Sequential):
         layers: list[nn.Module] = []
         for width in hidden:
             layers += [nn.Linear(inputs, width), *([nn.BatchNorm1d(width)] if norm else []), nn.ReLU()]
-            layers += [nn.Dropout(dropout)] if dropout else []
+            layers += [Dropout(dropout)] if dropout else []
             inputs = width
         layers += [nn.Linear(inputs, outputs)] if outputs else []
         super().__init__(*layers)

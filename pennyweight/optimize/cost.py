@@ -17,7 +17,7 @@ import torch
 
 from pennyweight.core.measure import latency
 from pennyweight.model.bundle import Bundle
-from pennyweight.model.dense import Dense
+from pennyweight.model.dense import Dense, Norm
 from pennyweight.model.spec import Layer, leaves
 from pennyweight.model.tables import Table
 from pennyweight.model.transform import Env, Plan, Transform
@@ -75,9 +75,12 @@ def _time(layer: Layer, given: torch.Tensor, seconds: float) -> float:
 
 
 def described(bundle: Bundle, allow: Sequence[str] = ()) -> dict[str, Layer]:
-    """What each table and dense layer of a bundle is now, by path."""
+    """What each table, dense layer and norm of a bundle is now, by path."""
     module = bundle.model.build(allow)
-    found = {path: bundle.model.spec.layers.get(path) or Table.of(child) or Dense.of(child) for path, child in leaves(module)}
+    found = {
+        path: bundle.model.spec.layers.get(path) or Table.of(child) or Dense.of(child) or Norm.of(child)
+        for path, child in leaves(module)
+    }
     return {path: layer for path, layer in found.items() if layer is not None}
 
 

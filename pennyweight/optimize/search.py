@@ -41,6 +41,7 @@ from pennyweight.core.config import decode, dumps, encode, write
 from pennyweight.core.errors import ConfigError, DataError, DeviceError, Infeasible, NotWorthIt, PlanError
 from pennyweight.data.dataset import Dataset
 from pennyweight.model.bundle import Bundle, Runtime, load, save
+from pennyweight.model.dense import Norm
 from pennyweight.model.losses import ROWS
 from pennyweight.model.metrics import ranking
 from pennyweight.model.spec import Model, build
@@ -358,7 +359,7 @@ class Search:
     def explore(self) -> None:
         """Free plans, then structures with recovery, milder or stronger as validation says."""
         layers = described(self.bundle, self.env.allow)
-        norms = any(type(layer).__name__ == "Norm" for layer in layers.values())
+        norms = any(isinstance(layer, Norm) and layer.kind == "batch" for layer in layers.values())
         self.say("predict", "sketching the structures there are")
         rungs = self._rungs(structures(self.bundle, layers, self.env), norms)
         free = [r for r in rungs if not r.structure]
@@ -462,7 +463,7 @@ class Search:
         chosen, _ = tune(
             self.bundles[_key(best.plan)],
             requests,
-            seconds=min(6 * self.options.timing_s, self.left() / 4),
+            seconds=min(30 * self.options.timing_s, self.left() / 3),
             engines=self.options.engines,
             allow=self.env.allow,
         )

@@ -66,13 +66,14 @@ def recovery(structure: Structure, env: Env, epochs: int) -> Structure:
 
     Where pairs can be dealt anew, most is learned from the teachers' answers about pairs nobody rated; then the recipe's
     regularizers are in the way (on the MovieLens sample a net cut to a quarter ended .0044 AUC above the model it came from,
-    and .0008 below it with the recipe alone). A cosine from twice the rate has the recipe's rate on average. Without items
-    the recipe is carried whole.
+    and .0008 below it with the recipe alone). A cosine from twice a plateau's rate has that rate on average. Without
+    items the recipe is carried whole.
     """
     if not structure or not env.teachers or env.recipe is None or env.train is None or env.valid is None:
         return ()
     if env.train.schema.role("item") and env.train.schema.role("user"):
-        return (Distill(epochs, alpha=0.9, lr=2 * env.recipe.lr, dealt=1.0, regularize=0.3, schedule="cosine"),)
+        lr = env.recipe.lr * (1 if env.recipe.schedule == "cosine" else 2)
+        return (Distill(epochs, alpha=0.9, lr=lr, dealt=1.0, regularize=0.1, schedule="cosine"),)
     return (Distill(epochs=epochs),)
 
 

@@ -10,7 +10,7 @@ from torch import nn
 from pennyweight.core.errors import ConfigError
 from pennyweight.data.schema import Column
 from pennyweight.model import layers
-from pennyweight.model.layers import FM, MLP, Cross, Embeddings, Interaction
+from pennyweight.model.layers import FM, MLP, Cross, Dropout, Embeddings, Interaction
 
 COLUMNS = (
     Column("user", "user", "categorical", 9),
@@ -74,7 +74,7 @@ def test_a_schema_without_features_is_refused() -> None:
 @pytest.mark.parametrize(("dropout", "norm"), [(0.0, True), (0.5, True), (0.5, False)])
 def test_mlp_is_a_sequence_of_plain_layers(dropout: float, norm: bool) -> None:
     made = MLP(6, (8, 4), 1, dropout, norm)
-    one = [nn.Linear, *([nn.BatchNorm1d] if norm else []), nn.ReLU, *([nn.Dropout] if dropout else [])]
+    one = [nn.Linear, *([nn.BatchNorm1d] if norm else []), nn.ReLU, *([Dropout] if dropout else [])]
     assert [type(m) for m in made] == [*one, *one, nn.Linear]
     assert made(torch.randn(5, 6)).shape == (5, 1) and made.outputs == 1 and MLP(6, (8, 4)).outputs == 4
 
@@ -104,3 +104,42 @@ def test_pooled_is_the_mean_of_what_is_not_padding() -> None:
     rows = layers.table(9, 4)
     expected = nn.functional.embedding_bag(ids, rows.weight, mode="mean", padding_idx=0)
     assert torch.allclose(layers.pooled(rows, ids), expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("p", [0.1, 0.3, 0.5, 0.9])
+def test_dropout_zeroes_its_share_and_keeps_the_mean(p: float) -> None:
+    torch.manual_seed(0)
+    layer, x = Dropout(p), torch.ones(501, 401, requires_grad=True)
+    out = layer(x)
+    assert (out == 0).float().mean().item() == pytest.approx(p, abs=0.006)
+    assert out.mean().item() == pytest.approx(1.0, abs=0.02)
+    out.sum().backward()
+    assert x.grad is not None and torch.equal(x.grad, out.detach())
+    assert layer.eval()(x) is x
+
+
+def test_dropout_follows_the_seed_and_treats_every_byte_alike() -> None:
+    layer = Dropout(0.5)
+    torch.manual_seed(1)
+    first = layer(torch.ones(80_000))
+    torch.manual_seed(1)
+    assert torch.equal(layer(torch.ones(80_000)), first)
+    shares = (first.view(-1, 8) == 0).float().mean(0)
+    assert ((shares - 0.5).abs() < 0.02).all()
+
+
+def test_a_row_expanded_over_the_batch_is_looked_up_once() -> None:
+    made = Embeddings(COLUMNS, 4)
+    columns = [c for c in COLUMNS if c.role in ("user", "item", "context")]
+    row = {
+        c.name: torch.ones(1, c.length, dtype=torch.long) if c.kind == "sequence" else torch.ones(1, dtype=torch.long)
+        for c in columns
+    }
+    row |= {c.name: torch.ones(1, *([c.length] if c.length else [])) for c in columns if c.kind == "numeric"}
+    asked: list[int] = []
+    for table in made.tables.values():
+        table.register_forward_hook(lambda _, given, __: asked.append(len(given[0])))
+    made.eval()
+    shared = made({n: v.expand(50, *v.shape[1:]) for n, v in row.items()})
+    assert set(asked) == {1}
+    assert torch.equal(shared, made({n: v.repeat(50, *[1] * (v.dim() - 1)) for n, v in row.items()}))
