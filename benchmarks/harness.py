@@ -83,10 +83,10 @@ def run(name: str, rows: Mapping[str, Measure], *, timed: bool, seeds: int = 3, 
     for id in given.only or rows:
         if timed and not options.quick:
             measure.quiet()
-        began = time.monotonic()
         with measure.Foreign() as others:
+            began, loaded = time.monotonic(), _when()  # the commit that runs, not one made meanwhile
             row = rows[id](options)
-        stamp = {"seconds": round(time.monotonic() - began, 1), "foreign_cpu": round(others.share, 3), **_when()}
+        stamp = {"seconds": round(time.monotonic() - began, 1), "foreign_cpu": round(others.share, 3), **loaded}
         if timed and not options.quick and others.share > measure.LOUD:
             raise ConfigError(
                 f"{id}: others used {others.share:.0%} of the processor meanwhile; nothing was written, run it again"
@@ -141,6 +141,6 @@ def _keep(path: Path, row: Row, stamp: Mapping[str, Any], order: Sequence[str]) 
     """Put one row into the file, in place of an older one of its id."""
     rows = {r["id"]: r for r in json.loads(path.read_text())["rows"]} if path.exists() else {}
     rows[row.id] = {**config.encode(row), "holds": row.holds, **stamp}
-    head = {**_when(), "machine": hardware.machine(), "versions": hardware.versions()}
+    head = {"commit": stamp["commit"], "date": stamp["date"], "machine": hardware.machine(), "versions": hardware.versions()}
     kept = [rows[id] for id in sorted(rows, key=lambda id: (order.index(id) if id in order else len(order), id))]
     config.write(path, json.dumps({**head, "rows": kept}, indent=2) + "\n")
