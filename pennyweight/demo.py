@@ -45,7 +45,7 @@ def demo(
     out: Path,
     *,
     budget: str = BUDGET,
-    seconds: float = 120.0,
+    seconds: float = 130.0,
     seed: int = 0,
     tell: Callable[[str], None] = lambda _: None,
     watch: Watch = lambda _: None,
@@ -79,7 +79,7 @@ def demo(
     )
     keep(out, Bundle(cascade(retriever, ranker), catalog=parts.train.catalog), data, run)
     tell(f"optimizing under: {limit.describe()}")
-    outcome = improve(out, limit, Options(seconds=seconds, epochs=5, teachers=1, tries=3), watch=step)
+    outcome = improve(out, limit, Options(seconds=seconds, epochs=6, teachers=2, tries=2), watch=step)
     write(
         out / "summary.json",
         dumps({**json.loads((out / "summary.json").read_text()), "seconds": round(time.monotonic() - began, 1)}),
