@@ -97,7 +97,7 @@ def train(
         list[str],
         typer.Option(
             "--column",
-            help="For a file, repeated: NAME:ROLE:KIND (user, item, context, label, time; categorical, numeric, sequence, time).",
+            help="For a file: NAME:ROLE:KIND (user, item, context, label, time; categorical, numeric, sequence, time).",
         ),
     ] = [],  # noqa: B006  (typer reads it)
     dim: Annotated[int, typer.Option(help="Numbers in an embedding row.")] = 16,

@@ -112,4 +112,5 @@ class Distill(Transform):
 
     def describe(self) -> str:
         """What it does."""
-        return f"up to {self.epochs} epochs of distillation from the model as given"
+        extra = ", asked about unrated pairs too" if self.dealt else ""
+        return f"up to {self.epochs} epochs of distillation from the teachers{extra}"

@@ -54,7 +54,8 @@ class QuantizeTables(Transform):
 
     def describe(self) -> str:
         """What it does."""
-        return f"embedding tables stored as {self.data_type}"
+        which = f" ({', '.join(self.only)})" if self.only else ""
+        return f"embedding tables{which} stored as {self.data_type}"
 
     def _smallest(self, table: Table) -> Table | None:
         """The smaller of the data type asked for and fp16, if that is smaller than the table is."""
