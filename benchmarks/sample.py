@@ -59,7 +59,8 @@ def best(options: Options) -> Row:
         recipe = dataclasses.replace(demo.RANKING, embedding_l2=l2, lr=lr, epochs=1 if options.quick else demo.RANKING.epochs)
         tried.append((deepfm(hidden, dropout, recipe, 0), (hidden, l2, lr, dropout)))
     (valid, test), setting = max(tried)
-    note = f"best of {len(grid)} by validation ({valid:.4f}): hidden {setting[0]}, embedding L2 {setting[1]}, lr {setting[2]}, dropout {setting[3]}"
+    chosen = f"hidden {setting[0]}, embedding L2 {setting[1]}, lr {setting[2]}, dropout {setting[3]}"
+    note = f"best of {len(grid)} by validation ({valid:.4f}): {chosen}"
     return Row("sample/grid", "auc", test, test, test, note=note)
 
 

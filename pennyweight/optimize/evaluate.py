@@ -8,9 +8,11 @@ is timed on batches of N of its rows.
 from __future__ import annotations
 
 import itertools
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,11 +21,11 @@ import torch
 from torch import Tensor, nn
 
 from pennyweight.accelerate.runner import Runner
-from pennyweight.core.measure import Latency, interleaved, latency
+from pennyweight.core.measure import Latency, interleaved, latency, peak_memory
 from pennyweight.data.dataset import Dataset
 from pennyweight.data.requests import Trace
 from pennyweight.model import metrics
-from pennyweight.model.bundle import Bundle
+from pennyweight.model.bundle import Bundle, load, save
 from pennyweight.model.spec import Batch, Layer
 from pennyweight.model.tables import Table
 from pennyweight.model.train import Queries
@@ -66,6 +68,18 @@ def cost(bundle: Bundle, bench: Bench, allow: Sequence[str] = ()) -> Cost:
     with Runner(bundle, allow, probe=bench.requests[0]()) as runner:
         timing = latency(_calls(runner, bench), seconds=bench.seconds)
     return _cost(bundle, timing, bench, allow)
+
+
+def memory(bundle: Bundle, bench: Bench, allow: Sequence[str] = ()) -> int:
+    """Peak resident bytes that loading the bundle and answering one request add to a process, measured in a fresh one."""
+    with tempfile.TemporaryDirectory(prefix="pennyweight-") as folder:
+        path = save(bundle, Path(folder) / "bundle")
+        return peak_memory(_answer, str(path), dict(bench.requests[0]()), tuple(allow)).added
+
+
+def _answer(path: str, batch: dict[str, Tensor], allow: tuple[str, ...]) -> None:
+    with Runner(load(path), allow) as runner:
+        runner.score(batch)
 
 
 def race(bundles: Sequence[Bundle], bench: Bench, allow: Sequence[str] = ()) -> list[Cost]:

@@ -49,7 +49,7 @@ from pennyweight.model.train import EpochLog, Progress, fit
 from pennyweight.model.transform import Env, Plan, Transform, plan
 from pennyweight.optimize import prove
 from pennyweight.optimize.cost import calibrate, described, money, objective, predict, sketch
-from pennyweight.optimize.evaluate import Bench, cost, outcomes, parts, race
+from pennyweight.optimize.evaluate import Bench, cost, memory, outcomes, parts, race
 from pennyweight.optimize.space import Levels, Structure, recovery, stronger, structures, types
 from pennyweight.optimize.trial import Cost, Epoch, Price, Quality, Result, Trial
 
@@ -200,11 +200,12 @@ class Search:
             f"{share:.0%} of the time is the dense part. Leave it, set a tighter budget, or search all the same with --force"
         )
 
-    def _misses(self, spent: Cost, bundle: Bundle) -> tuple[str, ...]:
+    def _misses(self, spent: Cost, bundle: Bundle, *, sketched: bool = False) -> tuple[str, ...]:
+        """Which limits are not kept; of a sketch, whose memory cannot be measured, the bytes stand for it."""
         price = self.options.price
         paid = money(spent, bundle.runtime.threads, price) if price else None
-        memory = spent.bytes if self.budget.memory_bytes is not None else None
-        return self.budget.misses(p50_ms=spent.p50_ms, p99_ms=spent.p99_ms, bytes=spent.bytes, memory_bytes=memory, cost=paid)
+        peak = spent.bytes if sketched or self.budget.memory_bytes is None else memory(bundle, self.bench, self.env.allow)
+        return self.budget.misses(p50_ms=spent.p50_ms, p99_ms=spent.p99_ms, bytes=spent.bytes, memory_bytes=peak, cost=paid)
 
     # -- trials ------------------------------------------------------------------------------------------------------
 
@@ -393,7 +394,7 @@ class Search:
     def _promising(self, guess: Cost) -> bool:
         """Whether a prediction leaves hope: bytes are exact, milliseconds may be a third off."""
         slack = dataclasses.replace(guess, p50_ms=guess.p50_ms / 1.5, p99_ms=guess.p99_ms / 1.5)
-        return not self._misses(slack, self.bundle)
+        return not self._misses(slack, self.bundle, sketched=True)
 
     def _affordable(self) -> bool:
         """Whether another training fits the cap beside the control and the proof."""
