@@ -101,6 +101,8 @@ class Exported:
         onnxruntime = importlib.import_module("onnxruntime")
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
+        # Threads that wait for work by spinning take the cores of whatever else is timed or served beside them.
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         options.inter_op_num_threads = 1
         options.log_severity_level = 3
         session = onnxruntime.InferenceSession(self.graph, options, providers=["CPUExecutionProvider"])

@@ -89,7 +89,9 @@ def _looked_up(rows: nn.Module, ids: Tensor, many: bool) -> Tensor:
     A request's user columns are one row expanded over its candidates, which its stride of 0 tells at no cost. A graph that is
     being traced must hold for other batches too, so there every row is looked up.
     """
-    alone = ids.stride(0) == 0 and len(ids) > 1 and not torch.compiler.is_compiling() and not torch.onnx.is_in_onnx_export()
+    tracing: bool = torch.jit.is_tracing()  # type: ignore[no-untyped-call]
+    traced = tracing or torch.compiler.is_compiling() or torch.onnx.is_in_onnx_export()
+    alone = not traced and len(ids) > 1 and ids.stride(0) == 0
     asked = ids[:1] if alone else ids
     found: Tensor = pooled(rows, asked) if many else rows(asked)
     return found.expand(len(ids), -1) if alone else found

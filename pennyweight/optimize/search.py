@@ -119,7 +119,7 @@ class Rung:
 
 
 def _next(rungs: Sequence[Rung], bold: bool) -> Rung:
-    """The structure to train next: after a success one half-way to the cheapest, else the mildest there is."""
+    """The structure to train next: the mildest first, then half-way to the cheapest as long as quality holds."""
     if bold:
         return rungs[len(rungs) // 2]
     return min(rungs, key=lambda r: sum(r.levels))
@@ -370,10 +370,10 @@ class Search:
         if open_ and self.options.tries:
             self.train_teachers()
         held = True
-        for k in range(self.options.tries):
+        for tried in range(self.options.tries):
             if not open_ or not self._affordable():
                 break
-            rung = _next(open_, bold=held and k > 0)
+            rung = _next(open_, bold=held and tried > 0)
             held = self._attempt_types(rung, self.recovered(rung.structure))
             open_ = [r for r in open_ if not (stronger(rung.levels, r.levels) if held else stronger(r.levels, rung.levels))]
 
