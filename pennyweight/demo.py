@@ -79,7 +79,7 @@ def demo(
     )
     keep(out, Bundle(cascade(retriever, ranker), catalog=parts.train.catalog), data, run)
     tell(f"optimizing under: {limit.describe()}")
-    outcome = improve(out, limit, Options(seconds=seconds, epochs=6, teachers=2, tries=3), watch=step)
+    outcome = improve(out, limit, Options(seconds=seconds, epochs=6, teachers=2, tries=2), watch=step)
     write(
         out / "summary.json",
         dumps({**json.loads((out / "summary.json").read_text()), "seconds": round(time.monotonic() - began, 1)}),

@@ -89,7 +89,7 @@ def _looked_up(rows: nn.Module, ids: Tensor, many: bool) -> Tensor:
     A request's user columns are one row expanded over its candidates, which its stride of 0 tells at no cost. A graph that is
     being traced must hold for other batches too, so there every row is looked up.
     """
-    tracing: bool = torch.jit.is_tracing()  # type: ignore[no-untyped-call]
+    tracing: bool = torch.jit.is_tracing()  # type: ignore[no-untyped-call, attr-defined]
     traced = tracing or torch.compiler.is_compiling() or torch.onnx.is_in_onnx_export()
     alone = not traced and len(ids) > 1 and ids.stride(0) == 0
     asked = ids[:1] if alone else ids

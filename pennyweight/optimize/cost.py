@@ -11,6 +11,7 @@ a prediction only orders and filters plans; a limit is only ever kept by a measu
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -111,7 +112,11 @@ def money(cost: Cost, threads: int, price: Price) -> float:
 
 
 def objective(cost: Cost, baseline: Cost, price: Price | None = None, threads: int = 1) -> float:
-    """What the search makes small: money where there is a price, else bytes x p99 over the baseline's."""
+    """What the search makes small: money where there is a price, else bytes times milliseconds over the baseline's.
+
+    Milliseconds are the geometric mean of p50 and p99: the one is steady, the other is what is asked for.
+    """
     if price is not None and (price.core_hour or price.gb_month):
         return money(cost, threads, price) / max(money(baseline, threads, price), 1e-12)
-    return (cost.bytes / baseline.bytes) * (cost.p99_ms / max(baseline.p99_ms, 1e-9))
+    slow = max(baseline.p50_ms * baseline.p99_ms, 1e-12)
+    return cost.bytes / baseline.bytes * math.sqrt(cost.p50_ms * cost.p99_ms / slow)

@@ -66,7 +66,7 @@ def scores(bundle: Bundle, data: Dataset, allow: Sequence[str] = (), batch: int 
 def cost(bundle: Bundle, bench: Bench, allow: Sequence[str] = ()) -> Cost:
     """What the bundle costs for one request of the bench."""
     with Runner(bundle, allow, probe=bench.requests[0]()) as runner:
-        timing = latency(_calls(runner, bench), seconds=bench.seconds)
+        timing = latency(_calls(runner, bench), rounds=3000, seconds=bench.seconds)
     return _cost(bundle, timing, bench, allow)
 
 
@@ -86,7 +86,7 @@ def race(bundles: Sequence[Bundle], bench: Bench, allow: Sequence[str] = ()) -> 
     """The costs of several bundles timed in turns, so that what else the machine does falls on all alike."""
     runners = [Runner(b, allow, probe=bench.requests[0]()) for b in bundles]
     try:
-        timings = interleaved([_calls(r, bench) for r in runners], seconds=bench.seconds * len(bundles))
+        timings = interleaved([_calls(r, bench) for r in runners], rounds=3000, seconds=bench.seconds * len(bundles))
     finally:
         for runner in reversed(runners):
             runner.close()

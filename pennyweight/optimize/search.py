@@ -121,7 +121,7 @@ class Rung:
 def _next(rungs: Sequence[Rung], bold: bool) -> Rung:
     """The structure to train next: the mildest first, then half-way to the cheapest as long as quality holds."""
     if bold:
-        return rungs[len(rungs) // 2]
+        return rungs[(len(rungs) - 1) // 2]
     return min(rungs, key=lambda r: sum(r.levels))
 
 
@@ -389,7 +389,8 @@ class Search:
                 continue
             guesses = [predict(s, self.rates, self.base, self.before, self.env.allow) for s in sketches]
             rungs.append(Rung(levels, structure, dtypes, guesses))
-        return sorted(rungs, key=lambda r: -objective(r.guesses[-1], self.base, self.options.price))
+        # By bytes and operations, not by milliseconds: the order must not depend on how busy the machine is.
+        return sorted(rungs, key=lambda r: -r.guesses[-1].bytes * r.guesses[-1].flops)
 
     def _promising(self, guess: Cost) -> bool:
         """Whether a prediction leaves hope: bytes are exact, milliseconds may be a third off."""
