@@ -194,7 +194,6 @@ def apply(
     from pennyweight import job
     from pennyweight.model.bundle import load, save
     from pennyweight.model.transform import Env, Plan
-    from pennyweight.optimize import space  # noqa: F401  (registers every transform)
 
     made = loads(Plan, _text(plan), str(plan))
     before, env = load(bundle), Env(topology=hardware.detect(), allow=tuple(allow))
@@ -254,8 +253,7 @@ def bench(
     if catalog is None or catalog.items is None:
         raise DataError(f"{bundles[0]} has no catalogue of items to make requests of; bench a recommender's bundle")
     trace = Trace.sample(catalog, 64, candidates, seed)
-    requests = tuple(lambda r=r: r.batch(catalog) for r in trace)
-    costs = race(held, Bench(requests, len(trace.requests[0].items), seconds), tuple(allow))
+    costs = race(held, Bench.replay(trace, catalog, seconds), tuple(allow))
     shown = Table(
         "bundle", "bytes", "p50 ms", "p99 ms", "smaller", "faster at p99", title=f"one user, {costs[0].candidates} candidates"
     )
@@ -272,7 +270,6 @@ def report(
 ) -> None:
     """Draw the report of a finished search again."""
     from pennyweight.core.config import write
-    from pennyweight.optimize import space  # noqa: F401  (registers every transform)
     from pennyweight.optimize.trial import Result
     from pennyweight.report import render
 

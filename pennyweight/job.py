@@ -30,7 +30,7 @@ from pennyweight.data.events import EventLog
 from pennyweight.model import ranking, retrieval, sequential
 from pennyweight.model.bundle import Bundle, load, save
 from pennyweight.model.cascade import Cascade
-from pennyweight.model.spec import Model, Spec, build, spec_of
+from pennyweight.model.spec import Model, Spec, seeded, spec_of
 from pennyweight.model.train import EpochLog, Fit, Progress, Recipe, fit
 from pennyweight.model.transform import Env
 from pennyweight.optimize.search import Options, Outcome, Step, optimize
@@ -110,9 +110,7 @@ def trained(
     spec: Spec, parts: Split, recipe: Recipe, seed: int, checkpoint: Path | None, watch: Watch, allow: tuple[str, ...] = ()
 ) -> tuple[Model, Fit]:
     """The model a spec becomes by training, and its record; a checkpoint of an interrupted training is gone on from."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        module = build(spec, allow)
+    module = seeded(spec, seed, allow)
     fitted = fit(module, parts.train, parts.valid, recipe, inputs=spec.inputs, seed=seed, checkpoint=checkpoint, progress=watch)
     if checkpoint is not None and fitted.stopped != "interrupted":
         checkpoint.unlink(missing_ok=True)

@@ -94,6 +94,13 @@ class Model:
         return sum(t.numel() * t.element_size() for t in self.state.values())
 
 
+def seeded(spec: Spec, seed: int, allow: Sequence[str] = ()) -> nn.Module:
+    """The module a spec describes with the initial weights of a seed; the caller's random state is left alone."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return build(spec, allow)
+
+
 def build(spec: Spec, allow: Sequence[str] = ()) -> nn.Module:
     """The module a spec describes, weights not loaded.
 

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from pennyweight.accelerate.runner import Runner
 from pennyweight.core.measure import Latency, interleaved, latency, peak_memory
+from pennyweight.data.catalog import Catalog
 from pennyweight.data.dataset import Dataset
 from pennyweight.data.requests import Trace
 from pennyweight.model import metrics
@@ -45,12 +46,16 @@ class Bench:
     seconds: float = 1.0
 
     @classmethod
+    def replay(cls, trace: Trace, catalog: Catalog, seconds: float = 1.0) -> Bench:
+        """The requests of a trace, in order."""
+        return cls(tuple(lambda r=r: r.batch(catalog) for r in trace), len(trace.requests[0].items), seconds)  # type: ignore[misc]
+
+    @classmethod
     def of(cls, data: Dataset, candidates: int = 500, trace: Trace | None = None, n: int = 64, seed: int = 0) -> Bench:
         """Requests of a trace, or sampled from the data: one user with ``candidates`` items, or that many rows."""
         catalog = data.catalog
         if catalog.items is not None and data.schema.role("user"):
-            trace = trace or Trace.sample(data, n, candidates, seed)
-            return cls(tuple(lambda r=r: r.batch(catalog) for r in trace), len(trace.requests[0].items))  # type: ignore[misc]
+            return cls.replay(trace or Trace.sample(data, n, candidates, seed), catalog)
         labels = {c.name for c in data.schema.role("label", "time")}
         batches = itertools.islice(data.batches(candidates, shuffle=True, seed=seed), n)
         rows = [{k: v for k, v in b.items() if k not in labels} for b in batches]

@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import json
 import math
@@ -32,7 +33,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy.typing as npt
-import torch
 
 from pennyweight.accelerate.tune import Engine, tune
 from pennyweight.core import hardware
@@ -44,7 +44,7 @@ from pennyweight.model.bundle import Bundle, Runtime, load, save
 from pennyweight.model.dense import Norm
 from pennyweight.model.losses import ROWS
 from pennyweight.model.metrics import ranking
-from pennyweight.model.spec import Model, build
+from pennyweight.model.spec import Model, seeded
 from pennyweight.model.train import EpochLog, Progress, fit
 from pennyweight.model.transform import Env, Plan, Transform, plan
 from pennyweight.optimize import prove
@@ -315,7 +315,7 @@ class Search:
         """The record and the best bundle so far, on disk."""
         if self.out is None:
             return
-        head = {"fingerprint": self.fingerprint(), "trials": [encode(t) for t in self.trials]}
+        head = {"fingerprint": self.fingerprint, "trials": [encode(t) for t in self.trials]}
         write(self.out / RECORD, dumps(head))
         fit = [t for t in self.trials if self.acceptable(t)]
         if fit:
@@ -323,6 +323,7 @@ class Search:
             if best is self.trials[-1]:
                 save(self.bundles[_key(best.plan)], self.out / "best")
 
+    @functools.cached_property
     def fingerprint(self) -> str:
         """What makes finished trials of an earlier search usable: same model, data, budget and options."""
         assert self.env.valid is not None and self.env.train is not None
@@ -348,7 +349,7 @@ class Search:
         if file is None or not file.exists():
             return
         head = json.loads(file.read_bytes())
-        if head["fingerprint"] != self.fingerprint():
+        if head["fingerprint"] != self.fingerprint:
             raise ConfigError(
                 f"{file} is a search of another model, data or budget; name another folder or leave --resume away"
             )
@@ -415,9 +416,7 @@ class Search:
                 allowed = self.options.seconds / 3 - (time.monotonic() - self.started)
                 if allowed <= 0:
                     return
-                with torch.random.fork_rng(devices=[]):
-                    torch.manual_seed(seed)
-                    module = build(spec, env.allow)
+                module = seeded(spec, seed, env.allow)
                 fit(
                     module,
                     env.train,
@@ -437,16 +436,15 @@ class Search:
         """Try a structure's data types; whether one held its quality."""
         name = "recovered" if trained else "free"
         made = [self.attempt((*trained, *s), g, name) for s, g in zip(rung.dtypes, rung.guesses, strict=True)]
-        return any(t.validation is not None and t.validation.drop <= self.margin for t in made)
+        return any(map(self._held, made))
+
+    def _held(self, trial: Trial) -> bool:
+        """No worse than the margin on validation."""
+        return trial.validation is not None and trial.validation.drop <= self.margin
 
     def acceptable(self, trial: Trial) -> bool:
         """Within the budget as measured, and no worse than the margin on validation."""
-        return (
-            trial.measured is not None
-            and not trial.note
-            and trial.validation is not None
-            and trial.validation.drop <= self.margin
-        )
+        return trial.measured is not None and not trial.note and self._held(trial)
 
     def _objective(self, trial: Trial) -> float:
         assert trial.measured is not None
@@ -456,25 +454,24 @@ class Search:
 
     def tune_finalists(self) -> None:
         """Choose engine and threads on the best plan by measurement, and try the others with it."""
-        order = sorted((t for t in self.trials if t.measured and t.validation and t.name != "control"), key=self._objective)
-        best = next((t for t in order if t.validation and t.validation.drop <= self.margin), None)
-        if best is None or self.left() < self.reserve:
+        held = [t for t in self.trials if t.measured and self._held(t) and t.name != "control"]
+        if not held or self.left() < self.reserve:
             return
+        held.sort(key=self._objective)
         self.say("tune", "choosing engine and threads for the best plan by measurement")
         requests = [make() for make in self.bench.requests[:8]]
         chosen, _ = tune(
-            self.bundles[_key(best.plan)],
+            self.bundles[_key(held[0].plan)],
             requests,
             seconds=min(30 * self.options.timing_s, self.left() / 3),
             engines=self.options.engines,
             allow=self.env.allow,
         )
-        for trial in [t for t in order if t.validation and t.validation.drop <= self.margin][:8]:
-            same = self.bundles[_key(trial.plan)].runtime == Runtime(chosen.engine, chosen.threads, chosen.batch)
-            with contextlib.suppress(DeviceError):
-                if same:
-                    continue
-                self.attempt((*trial.plan.transforms, chosen), trial.predicted, trial.name)
+        runtime = Runtime(chosen.engine, chosen.threads, chosen.batch)
+        for trial in held[:8]:
+            if self.bundles[_key(trial.plan)].runtime != runtime:
+                with contextlib.suppress(DeviceError):
+                    self.attempt((*trial.plan.transforms, chosen), trial.predicted, trial.name)
 
     def run_control(self) -> Trial | None:
         """The given model after the same extra training, not compressed."""
@@ -578,7 +575,7 @@ def _conclude(search: Search, control: Trial | None) -> Outcome:
     finalists = search.sequence()
     proven, control = search.proof(finalists, control)
     chosen, best = _timed(search, proven)
-    result = _result(search, chosen, control, finalists, best)
+    result = _result(search, chosen, control, best)
     if search.out is not None:
         if chosen is not None:
             save(best, search.out / "best")
@@ -644,7 +641,7 @@ def _short(trial: Trial) -> str:
     return f"{trial.plan.describe()} ({spent.bytes / 1e3:.0f} kB, p99 {spent.p99_ms:.2f} ms)"
 
 
-def _result(search: Search, chosen: Trial | None, control: Trial | None, finalists: Sequence[Trial], best: Bundle) -> Result:
+def _result(search: Search, chosen: Trial | None, control: Trial | None, best: Bundle) -> Result:
     o = search.options
     tried = chosen or next((t for t in search.trials if t.proof is not None), None)
     quality = tried.proof if tried else None
