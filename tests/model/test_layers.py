@@ -80,9 +80,11 @@ def test_mlp_is_a_sequence_of_plain_layers(dropout: float, norm: bool) -> None:
 
 
 def test_fm_and_interaction_are_the_dot_products_of_all_pairs() -> None:
-    fields = torch.randn(7, 5, 3, generator=torch.Generator().manual_seed(0))
+    rows = torch.randn(7, 5, 4, generator=torch.Generator().manual_seed(0))
+    weights, fields = rows[:, :, 0], rows[:, :, 1:]
     pairs = torch.stack([(fields[:, i] * fields[:, j]).sum(1) for i, j in itertools.combinations(range(5), 2)], 1)
-    assert torch.allclose(FM()(fields), pairs.sum(1), atol=1e-5)
+    assert torch.allclose(FM(5, 4)(rows.flatten(1)), weights.sum(1) + pairs.sum(1), atol=1e-5)
+    assert not FM(5, 4).state_dict()
     made = Interaction(5)
     assert made.width == 10 and torch.allclose(made(fields), pairs, atol=1e-5)
     assert not made.state_dict()
