@@ -48,7 +48,7 @@ def main() -> None:
     """Run the command line; an error a person can mend is one line and exit status 2."""
     sys.path.append("")  # the working folder, for modules that --allow names; last, so that it hides nothing installed
     try:
-        app()
+        app(auto_envvar_prefix="PENNYWEIGHT")  # as PENNYWEIGHT_SERVE_PORT: how a container is told
     except PennyweightError as error:
         err_console.print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
         sys.exit(2)
@@ -76,7 +76,7 @@ def demo(
     from pennyweight import demo as job
     from pennyweight.report import table
 
-    with _watching() as (tell, watch, step):
+    with watching(err_console) as (tell, watch, step):
         outcome = job.demo(out, budget=budget or job.BUDGET, seconds=seconds, seed=seed, tell=tell, watch=watch, step=step)
     out_console.print(f"GET /recommend?user=1&k=5\n{job.ask(out)}\n", markup=False, highlight=False)
     out_console.print(table(outcome.result))
@@ -131,7 +131,7 @@ def train(
     recipe = decode(Recipe, settings, "train")
     given = loads(dict, args, "--args") if ":" in model else _model_args(model, dim, hidden, dropout)
     fed = tuple(c for c in inputs.split(",") if c)
-    with _watching() as (tell, watch, _):
+    with watching(err_console) as (tell, watch, _):
         dataset, how, fractions = _dataset(data, column, out / "data")
         tell(f"{len(dataset):,} rows; training {model}")
         how = decode(How, split or how, "--split")
@@ -170,7 +170,7 @@ def optimize(
 
     price = Price(core_hour=core_hour, gb_month=gb_month, currency=currency) if core_hour or gb_month else None
     options = Options(seconds=seconds, epochs=epochs, tries=tries, candidates=candidates, force=force, price=price)
-    with _watching() as (_, _, step):
+    with watching(err_console) as (_, _, step):
         outcome = job.improve(run, budgets.parse(budget), options, out=out, resume=resume, allow=tuple(allow), watch=step)
     out_console.print(table(outcome.result))
     target = out or run
@@ -284,7 +284,9 @@ def serve(
     bundle: Annotated[Path, typer.Argument(help="A bundle folder.")],
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port to listen on.", min=0, max=65535)] = 8000,
-    store: Annotated[Path | None, typer.Option(help="The event log; events.db beside the bundle by default.")] = None,
+    store: Annotated[
+        str, typer.Option(help="The event log: a file (events.db beside the bundle by default), or valkey://HOST:6379.")
+    ] = "",
     get: Annotated[str, typer.Option("--get", help="Answer this one request and leave, as in: /recommend?user=1&k=5")] = "",
     allow: Allow = [],  # noqa: B006
 ) -> None:
@@ -316,39 +318,6 @@ def doctor() -> None:
     out_console.print(shown)
     for finding in hardware.findings(topology):
         out_console.print(("yes  " if finding.allowed else "no   ") + finding.text, highlight=False)
-
-
-@contextmanager
-def _watching() -> Iterator[tuple[Callable[[str], None], Callable[[Trained | EpochLog], None], Callable[[Any], None]]]:
-    """Progress on standard error: one bar for what is under way, one line for what is done."""
-    columns = (TextColumn("{task.description}", markup=False), BarColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=err_console, transient=True) as progress:
-        task = progress.add_task("", total=1.0)
-
-        def tell(line: str) -> None:
-            progress.console.print(line, markup=False, highlight=False)
-            progress.update(task, description="", completed=0.0)
-
-        def watch(event: Trained | EpochLog) -> None:
-            if isinstance(event, EpochLog):
-                progress.console.print(
-                    f"  epoch {event.epoch}: loss {event.loss:.4f}, validation {event.metric:.4f}, {event.seconds:.1f} s",
-                    highlight=False,
-                )
-                return
-            share = (event.epoch - 1 + event.step / event.steps) / event.epochs
-            progress.update(
-                task, completed=share, description=f"epoch {event.epoch}: loss {event.loss:.4f}, {event.rows_per_s:,.0f} rows/s"
-            )
-
-        def step(event: Any) -> None:
-            progress.update(task, completed=event.share, description=event.message[:100])
-            if event.trial is not None and event.trial.measured is not None and event.trial.validation is not None:
-                spent, drop = event.trial.measured, event.trial.validation.drop
-                line = f"  {spent.bytes / 1e3:8.1f} kB  p99 {spent.p99_ms:6.2f} ms  drop {drop:+.4f}  {event.message}"
-                progress.console.print(line, markup=False, highlight=False, soft_wrap=True)
-
-        yield tell, watch, step
 
 
 def _text(path: Path) -> bytes:

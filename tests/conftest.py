@@ -1,5 +1,10 @@
-"""The shipped sample as data, and a small cascade over it as a bundle: made once for all tests that need one."""
+"""The shipped sample as data, a small cascade over it as a bundle (made once for all tests that need one); a Valkey server."""
 
+import shutil
+import socket
+import subprocess
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -39,3 +44,49 @@ def cascade(movies: Dataset) -> Bundle:
 @pytest.fixture(scope="session")
 def cascade_folder(cascade: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save(cascade, tmp_path_factory.mktemp("cascade") / "bundle")
+
+
+class Valkey:
+    """The server of one test, as durable as the service asks for: Valkey, or Redis where that is missing."""
+
+    def __init__(self, program: str, folder: Path) -> None:
+        self.program, self.folder = program, folder
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.port: int = free.getsockname()[1]
+        self.url = f"valkey://127.0.0.1:{self.port}"
+        self.start()
+
+    def start(self, **options: str) -> None:
+        """Start it (again), and wait until it answers."""
+        given = {"appendonly": "yes", "appendfsync": "always", "save": "", "bind": "127.0.0.1"} | options
+        words = [word for name, value in given.items() for word in (f"--{name}", value)]
+        command = [self.program, "--port", str(self.port), "--dir", str(self.folder), *words]
+        self.process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+        deadline = time.monotonic() + 60
+        while True:
+            try:
+                with socket.create_connection(("127.0.0.1", self.port), 5) as hello:
+                    hello.sendall(b"PING\r\n")
+                    if hello.recv(64).startswith((b"+PONG", b"-NOAUTH")):
+                        return
+            except OSError:
+                assert self.process.poll() is None and time.monotonic() < deadline, f"{self.program} did not start"
+            time.sleep(0.02)
+
+    def kill(self) -> None:
+        """End it as a power cut would."""
+        self.process.kill()
+        self.process.wait()
+
+
+@pytest.fixture
+def valkey(tmp_path: Path) -> Iterator[Valkey]:
+    pytest.importorskip("valkey", reason="its client is missing: pip install valkey")
+    program = shutil.which("valkey-server") or shutil.which("redis-server")
+    if program is None:
+        pytest.skip("no valkey-server and no redis-server here; on Debian: apt-get install redis-server")
+    (tmp_path / "valkey").mkdir()
+    server = Valkey(program, tmp_path / "valkey")
+    yield server
+    server.kill()

@@ -198,7 +198,7 @@ OPTIONAL: tuple[tuple[str, tuple[str, ...], str, str], ...] = (
     ("usearch", ("usearch",), "approximate search over millions of items, small install", "pip install usearch"),
     ("torchao", ("torchao",), "quantized dense layers on a GPU", "pip install torchao"),
     ("openvino", ("openvino", "nncf"), "a peer to compare int8 with", "pip install openvino nncf"),
-    ("redis", ("redis",), "user state shared by several services", "pip install redis"),
+    ("valkey", ("valkey",), "events shared by several services, in Valkey or Redis", "pip install valkey"),
 )  # fmt: skip
 
 TRIED = {"fbgemm-gpu-cpu": ("1.8.0", "2.13"), "torchrec": ("1.8.0", "2.13")}

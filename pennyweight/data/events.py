@@ -1,16 +1,17 @@
-"""What users did, kept durably: an append-only log in SQLite.
+"""What users did, kept durably: what any store of it does, and an append-only log in SQLite.
 
 An event is on disk before ``append`` returns (WAL with ``synchronous=FULL``, so a crash or a power cut loses nothing that
 was acknowledged), and one sent twice under the same id counts once. A file of JSON lines would append as fast, but
-``history`` and ``seen`` are asked at each request and need an index; a server (Redis, Postgres) would scale further and
-must be installed and watched. The price of the durability is one flush to disk an append, some milliseconds on a slow
-disk; appending several events at once pays it once.
+``history`` and ``seen`` are asked at each request and need an index; a server scales further and must be installed and
+watched, so it is there for whoever names one (``data/valkey.py``). The price of the durability is one flush to disk an
+append, some milliseconds on a slow disk; appending several events at once pays it once.
 
 One connection writes, under a lock; each thread reads with a connection of its own, never waiting for the writer.
 """
 
 from __future__ import annotations
 
+import abc
 import contextlib
 import dataclasses
 import math
@@ -19,7 +20,7 @@ import sqlite3
 import threading
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal, Self, final
 
 import numpy as np
 import polars as pl
@@ -81,69 +82,48 @@ class Event:
             raise DataError(f"event {self.id!r}: id, user and item must be text that UTF-8 can hold")
 
 
-class EventLog:
-    """The log at ``path``, made when it is not there.
+class EventStore(abc.ABC):
+    """Events kept durably, whatever keeps them."""
 
-    Args:
-        path: the database file; SQLite keeps two more beside it (``-wal``, ``-shm``).
-        liked: the rating from which an item counts as liked.
+    shared: ClassVar[bool]
+    """Whether others write to it too, so that what was read may be out of date at once."""
 
-    Raises:
-        DataError: the file is damaged, or another program's.
-        StorageError: it cannot be made or written there.
-    """
-
-    def __init__(self, path: str | os.PathLike[str], *, liked: float = 4.0) -> None:
-        self.path = Path(path)
+    def __init__(self, liked: float = 4.0) -> None:
         self.liked = liked
-        self._lock = threading.Lock()
-        self._own = threading.local()
-        self._open: list[sqlite3.Connection] = []
-        with self._told("opened"):
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._writer = self._connect()
-            self._prepare()
+        """The rating from which an item counts as liked."""
 
+    @abc.abstractmethod
     def append(self, events: Iterable[Event]) -> int:
         """Store events durably; the number that were new. All of them are stored or, with an error, none.
 
         Raises:
-            StorageError: the disk is full or the file not writable; what was stored before is untouched.
+            StorageError: there is no room or no right to write; what was stored before is untouched.
         """
-        with self._lock, self._told("written"):
-            before = self._writer.total_changes
-            with self._writer:  # one transaction: committed at the end, rolled back on an error
-                self._writer.execute("BEGIN IMMEDIATE")
-                self._writer.executemany(_INSERT, (self._row(e) for e in events))
-            return self._writer.total_changes - before
 
+    @abc.abstractmethod
     def history(self, user: str | int, limit: int, *, liked_only: bool = True) -> list[str]:
         """The user's last ``limit`` items, oldest first, each once at its latest event.
 
         Only items whose latest opinion is a like, unless ``liked_only`` is off; a view is no opinion.
         """
-        opinion = "liked IS NOT NULL" if liked_only else "TRUE"
-        query = f"SELECT item, liked FROM event WHERE user = ? AND {opinion} ORDER BY time DESC, seq DESC"
-        latest: dict[str, bool] = {}
-        for item, liked in self._read(query, str(user)):
-            latest.setdefault(item, bool(liked))
-        kept = [item for item, liked in latest.items() if liked or not liked_only]
-        return kept[:limit][::-1]
 
+    @abc.abstractmethod
     def seen(self, user: str | int) -> set[str]:
         """All items of the user's events."""
-        return {item for (item,) in self._read("SELECT DISTINCT item FROM event WHERE user = ?", str(user))}
 
+    @abc.abstractmethod
     def users(self, prefix: str = "", limit: int = 20) -> list[tuple[str, int]]:
         """Users whose name starts with ``prefix`` and their number of events, the busiest first."""
-        busiest = "GROUP BY user ORDER BY count(*) DESC, user LIMIT ?"
-        query = f"SELECT user, count(*) FROM event WHERE user >= ? AND user < ? {busiest}"
-        return list(self._read(query, prefix, prefix + "\U0010ffff", limit))
 
+    @abc.abstractmethod
     def __len__(self) -> int:
-        (count,) = self._read("SELECT count(*) FROM event")[0]
-        return int(count)
+        """The number of events."""
 
+    @abc.abstractmethod
+    def close(self) -> None:
+        """Let go of everything; the store can be opened again."""
+
+    @final
     def import_ratings(self, ratings: pl.DataFrame, prefix: str = "import") -> int:
         """Store a frame of ``user, item, rating, time`` in one step; the number that were new.
 
@@ -152,6 +132,7 @@ class EventLog:
         rows = enumerate(ratings.select("user", "item", "rating", "time").iter_rows())
         return self.append(Event(f"{prefix}-{k}", str(u), str(i), "rating", r, t) for k, (u, i, r, t) in rows)
 
+    @final
     def import_dataset(self, data: Dataset, prefix: str = "import") -> int:
         """Store the rows of a dataset as likes and dislikes (by its label), for the users and items it has names for.
 
@@ -171,23 +152,93 @@ class EventLog:
         whole = zip(rows.tolist(), people, things, kinds, when, strict=True)
         return self.append(Event(f"{prefix}-{k}", str(u), str(i), kind, None, t) for k, u, i, kind, t in whole)
 
+    @final
+    def __enter__(self) -> Self:
+        return self
+
+    @final
+    def __exit__(self, *failure: object) -> None:
+        self.close()
+
+    @final
+    def _opinion(self, event: Event) -> int | None:
+        """1 for a like, 0 for a dislike, None for neither."""
+        opinions = {"like": 1, "dislike": 0, "view": None}
+        return int(event.value >= self.liked) if event.value is not None else opinions[event.kind]
+
+
+def latest(opinions: Iterable[tuple[str, int | None]], limit: int, liked_only: bool) -> list[str]:
+    """The last ``limit`` items, oldest first, of items with their opinions, newest first."""
+    first: dict[str, bool] = {}
+    for item, liked in opinions:
+        first.setdefault(item, bool(liked))
+    kept = [item for item, liked in first.items() if liked or not liked_only]
+    return kept[:limit][::-1]
+
+
+class EventLog(EventStore):
+    """The log at ``path``, made when it is not there.
+
+    Args:
+        path: the database file; SQLite keeps two more beside it (``-wal``, ``-shm``).
+        liked: the rating from which an item counts as liked.
+
+    Raises:
+        DataError: the file is damaged, or another program's.
+        StorageError: it cannot be made or written there.
+    """
+
+    shared = False
+
+    def __init__(self, path: str | os.PathLike[str], *, liked: float = 4.0) -> None:
+        super().__init__(liked)
+        self.path = Path(path)
+        self._lock = threading.Lock()
+        self._own = threading.local()
+        self._open: list[sqlite3.Connection] = []
+        with self._told("opened"):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._writer = self._connect()
+            self._prepare()
+
+    def append(self, events: Iterable[Event]) -> int:
+        """Store events in one transaction, flushed when it commits; the number that were new."""
+        with self._lock, self._told("written"):
+            before = self._writer.total_changes
+            with self._writer:  # one transaction: committed at the end, rolled back on an error
+                self._writer.execute("BEGIN IMMEDIATE")
+                self._writer.executemany(_INSERT, (self._row(e) for e in events))
+            return self._writer.total_changes - before
+
+    def history(self, user: str | int, limit: int, *, liked_only: bool = True) -> list[str]:
+        """The user's last items, oldest first."""
+        opinion = "liked IS NOT NULL" if liked_only else "TRUE"
+        query = f"SELECT item, liked FROM event WHERE user = ? AND {opinion} ORDER BY time DESC, seq DESC"
+        return latest(self._read(query, str(user)), limit, liked_only)
+
+    def seen(self, user: str | int) -> set[str]:
+        """All items of the user's events."""
+        return {item for (item,) in self._read("SELECT DISTINCT item FROM event WHERE user = ?", str(user))}
+
+    def users(self, prefix: str = "", limit: int = 20) -> list[tuple[str, int]]:
+        """Users by the beginning of their name, the busiest first."""
+        busiest = "GROUP BY user ORDER BY count(*) DESC, user LIMIT ?"
+        query = f"SELECT user, count(*) FROM event WHERE user >= ? AND user < ? {busiest}"
+        return list(self._read(query, prefix, prefix + "\U0010ffff", limit))
+
+    def __len__(self) -> int:
+        (count,) = self._read("SELECT count(*) FROM event")[0]
+        return int(count)
+
     def close(self) -> None:
-        """Close all connections; the log can be opened again."""
+        """Close all connections."""
         with self._lock:
             for connection in self._open:
                 connection.close()
             self._open.clear()
 
-    def __enter__(self) -> EventLog:
-        return self
-
-    def __exit__(self, *failure: object) -> None:
-        self.close()
-
     def _row(self, event: Event) -> tuple[Any, ...]:
-        opinion = {"like": 1, "dislike": 0, "view": None}
-        liked = int(event.value >= self.liked) if event.value is not None else opinion[event.kind]
-        return (event.id, event.user, event.item, event.kind, event.value, liked, event.time)
+        return (event.id, event.user, event.item, event.kind, event.value, self._opinion(event), event.time)
 
     def _read(self, query: str, *values: Any) -> list[Any]:
         with self._told("read"):

@@ -79,14 +79,16 @@ class App:
 
     @classmethod
     def open(cls, bundle: str | Path, store: str | Path | None = None, allow: Sequence[str] = ()) -> App:
-        """The application for a bundle's folder; events go to ``events.db`` beside it unless ``store`` names a file.
+        """The application for a bundle's folder.
+
+        Events go to ``events.db`` beside it unless ``store`` names a file or the URL of a Valkey or Redis server.
 
         Raises:
             BundleError, ConfigError: the bundle cannot be loaded or served.
-            DataError, StorageError: the event log cannot be used.
+            DataError, DeviceError, StorageError: the event log cannot be used.
         """
         path = Path(bundle)
-        return cls(Service(bundles.load(path), Path(store) if store else path.absolute().parent / "events.db", allow))
+        return cls(Service(bundles.load(path), store or path.absolute().parent / "events.db", allow))
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one connection, as ASGI has it."""

@@ -22,13 +22,13 @@ from torch import Tensor
 import pennyweight
 from pennyweight.core.errors import DataError, RequestError, TooLarge
 from pennyweight.data.catalog import Value
-from pennyweight.data.events import Event, EventLog
+from pennyweight.data.events import Event
 from pennyweight.model.bundle import Bundle
 from pennyweight.schedule.batcher import Batcher
 from pennyweight.serve import messages as m
 from pennyweight.serve.lookup import Lookup
 from pennyweight.serve.metrics import Metrics
-from pennyweight.serve.store import NOBODY, State, Store
+from pennyweight.serve.store import NOBODY, State, Store, opened
 from pennyweight.serve.worker import By, Ids, Query, Ranked, Worker
 
 CANDIDATES = 500
@@ -40,14 +40,14 @@ HISTORY = 20
 
 
 class Service:
-    """A bundle and an event log, answering messages.
+    """A bundle and its events (a file or a server's URL), answering messages.
 
     Raises:
         BundleError, ConfigError: the bundle cannot be served.
-        DataError, StorageError: the log cannot be used.
+        DataError, DeviceError, StorageError: the events cannot be used.
     """
 
-    def __init__(self, bundle: Bundle, log: Path, allow: Sequence[str] = ()) -> None:
+    def __init__(self, bundle: Bundle, log: str | Path, allow: Sequence[str] = ()) -> None:
         self.policy = bundle.policy
         self._bytes = bundle.bytes
         self._model_thread = ThreadPoolExecutor(1, "model")
@@ -57,7 +57,7 @@ class Service:
         history = self.catalog.schema.history
         self._reads_history = history is not None
         items = self.catalog.vocabulary(self.catalog.schema.item.name)
-        self.store = Store(EventLog(log), items, history.length if history else HISTORY)
+        self.store = Store(opened(log), items, history.length if history else HISTORY)
         self.metrics = Metrics(lambda: len(self.batcher.queue))
         self.batcher: Batcher[Query, Ranked] = Batcher(
             self.policy, self.worker.answer, self._model_thread, observe=self.metrics.batch

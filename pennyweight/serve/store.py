@@ -4,8 +4,8 @@ An answer needs a user's history and what was seen; the log has both, behind an 
 back within seconds, so the last few thousand are kept, and an event forgets its user: the next answer reads the log again.
 A cache that events update in place would save that read and could differ from the log.
 
-Reads and writes have a thread each, so that a flush to disk holds up nobody who only reads. One process owns a log: events
-written by another one are seen for users that are not cached.
+Reads and writes have a thread each, so that a flush to disk holds up nobody who only reads. One process owns a file; what
+several services share (a server) is read anew at each request, since another one may have written.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from __future__ import annotations
 import asyncio
 import collections
 import dataclasses
+import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
@@ -20,8 +21,9 @@ import numpy as np
 import numpy.typing as npt
 
 from pennyweight.data.catalog import Vocabulary
-from pennyweight.data.events import Event, EventLog
+from pennyweight.data.events import Event, EventLog, EventStore
 from pennyweight.data.schema import FIRST
+from pennyweight.data.valkey import ValkeyLog
 
 Ids = npt.NDArray[np.int64]
 CAPACITY = 10_000
@@ -41,14 +43,23 @@ class State:
 NOBODY = State(np.empty(0, np.int64), np.empty(0, np.int64))
 
 
+def opened(place: str | os.PathLike[str]) -> EventStore:
+    """The events at ``place``: a file's name, or the URL of a Valkey or Redis server.
+
+    Raises:
+        ConfigError, DataError, DeviceError, StorageError: as for ``EventLog`` and ``ValkeyLog``.
+    """
+    return ValkeyLog(place) if isinstance(place, str) and "://" in place else EventLog(place)
+
+
 class Store:
     """States of users over an event log, used from one event loop; it closes the log."""
 
-    def __init__(self, log: EventLog, items: Vocabulary, length: int, capacity: int = CAPACITY) -> None:
+    def __init__(self, log: EventStore, items: Vocabulary, length: int, capacity: int = CAPACITY) -> None:
         self._log = log
         self._items = items
         self._length = length
-        self._capacity = capacity
+        self._capacity = 0 if log.shared else capacity
         self._cached: collections.OrderedDict[str, State] = collections.OrderedDict()
         self._writes = 0
         self._readers = ThreadPoolExecutor(1, "events-read")

@@ -26,6 +26,7 @@ from pennyweight.data.events import EventLog
 from pennyweight.model.bundle import Bundle, Policy, save
 from pennyweight.model.spec import Model
 from pennyweight.serve import app as server
+from pennyweight.serve import messages as m
 
 Serve = Callable[[Bundle], Any]
 
@@ -322,6 +323,25 @@ def test_get_answers_without_a_port(cascade_folder: Path, tmp_path: Path) -> Non
 def test_the_log_lies_beside_the_bundle_unless_named(cascade: Bundle, tmp_path: Path) -> None:
     asyncio.run(server.get(save(cascade, tmp_path / "bundle"), "/health"))
     assert (tmp_path / "events.db").is_file()
+
+
+def test_two_services_share_the_events_of_a_server(cascade_folder: Path, valkey: Any) -> None:
+    """What one of them was told, the other knows in its next answer: nothing of a shared server is kept."""
+
+    async def scene() -> list[dict[str, Any]]:
+        services = [server.App.open(cascade_folder, valkey.url).service for _ in range(2)]
+        ask = m.Recommend(user="new", k=5)
+        before = await services[1].recommend(ask)
+        assert (await services[0].events(m.Event(user="new", item=318, id="e1"))).stored == 1
+        after = await services[1].recommend(ask)
+        assert (await services[1].events(m.Event(user="new", item=318, id="e1"))).duplicates == 1
+        for service in services:
+            await service.close()
+        return [{"by": a.by, "history": [i.id for i in a.history]} for a in (before, after)]
+
+    before, after = asyncio.run(scene())
+    assert before == {"by": "popularity", "history": []}
+    assert after["by"] != "popularity" and after["history"] == [318]
 
 
 def test_a_missing_bundle_says_so(tmp_path: Path) -> None:
