@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pennyweight.core.config import named
+from pennyweight.model.compact import Linear, Weight
 from pennyweight.model.packed import Packed, blank, pack_bits, scaled, unpack_bits
 from pennyweight.model.spec import Layer
 
@@ -134,6 +135,11 @@ class PackedLinear(Packed):
         rest = {} if self.bias is None else {"bias": self.bias}
         module.load_state_dict({"weight": self.weight, **rest}, assign=True)
         return module.requires_grad_(False).eval()
+
+    def small(self) -> nn.Module:
+        """The same layer with its packed weights, dequantized at each call (activations are not rounded there)."""
+        scale = self.scale.unsqueeze(1) if self.whole else None
+        return Linear(Weight(self.packed, (self.layer.outputs, self.layer.inputs), scale), self.bias).eval()
 
     def extra_repr(self) -> str:
         """The layer, as ``print(module)`` shows it."""

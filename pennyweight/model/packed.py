@@ -33,6 +33,10 @@ class Packed(nn.Module, abc.ABC):
     def plain(self) -> nn.Module:
         """An equivalent module of ordinary fp32 operations, for engines that export or compile a graph."""
 
+    def small(self) -> nn.Module:
+        """An equivalent module of ordinary operations over the packed bytes, for files; ``plain()`` where there is none."""
+        return self.plain()
+
     def ready(self) -> Any:
         """What ``prepare`` gave for the weights as they are now."""
         if self._ready is None:

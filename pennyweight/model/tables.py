@@ -30,6 +30,7 @@ from torch import Tensor, nn
 
 from pennyweight.core.config import named
 from pennyweight.core.errors import ConfigError
+from pennyweight.model.compact import Bag, Codes, Halves, Rows, Weight
 from pennyweight.model.packed import Packed, blank, pack_bits, scaled, unpack_bits
 from pennyweight.model.spec import Layer
 
@@ -206,6 +207,15 @@ class Lookup(Packed):
         module.load_state_dict({"weight": self.weight}, assign=True)
         return module.requires_grad_(False).eval()
 
+    def small(self) -> nn.Module:
+        """The same table with its packed rows; a bag takes a matrix of ids there, no offsets and no weights."""
+        rows = self.rows()
+        return (rows if self.layer.bag is None else Bag(rows, self.layer.bag, self.layer.padding)).eval()
+
+    @abc.abstractmethod
+    def rows(self) -> nn.Module:
+        """The packed rows in ordinary operations: ids of any shape to fp32 rows."""
+
     def extra_repr(self) -> str:
         """The layer, as ``print(module)`` shows it."""
         return str(self.layer)
@@ -219,6 +229,10 @@ class HalfTable(Lookup):
     def __init__(self, layer: Table) -> None:
         super().__init__(layer)
         self.register_buffer("packed", torch.zeros(layer.rows, layer.dim, dtype=torch.float16))
+
+    def rows(self) -> nn.Module:
+        """fp16 rows."""
+        return Halves(self.packed)
 
     def form(self) -> None:
         """Nothing: rows are executed as stored."""
@@ -237,6 +251,11 @@ class RowwiseTable(Lookup):
         super().__init__(layer)
         self.bits = BITS[layer.data_type]
         self.register_buffer("packed", torch.zeros(layer.rows, _row_bytes(layer.dim, layer.data_type), dtype=torch.uint8))
+
+    def rows(self) -> nn.Module:
+        """Values and, apart from them, each row's scale and bias."""
+        values, affine = split_rows(self.packed, self.bits)
+        return Rows(values, affine, self.bits, self.layer.dim)
 
     def form(self) -> Any:
         """The lookup operator; None where there is none for this device."""
@@ -281,6 +300,13 @@ class CodebookTable(Lookup):
             return self.packed * self.scale
         pairs = unpack_bits(self.packed, 4)[: layer.parts * layer.codes * layer.width]
         return (pairs.reshape(layer.parts, layer.codes, layer.width).to(torch.int8) - 8) * self.scale
+
+    def rows(self) -> nn.Module:
+        """The codes as they are, and the codebooks as they are stored."""
+        layer = self.layer
+        stored = self.codebooks.detach() if layer.data_type == "fp32" else self.packed
+        books = Weight(stored, (layer.parts, layer.codes, layer.width), getattr(self, "scale", None))
+        return Codes(self.codes, books, layer.dim)
 
     def ready(self) -> Any:
         """As ever, but nothing is kept of codebooks in training: optimizers write into them unseen."""
@@ -344,10 +370,15 @@ def pack_rows(weight: Tensor, bits: int) -> Tensor:
 
 def unpack_rows(packed: Tensor, bits: int) -> Tensor:
     """fp32 [rows, dim] from FBGEMM's row-wise format, in plain tensor code."""
-    real, behind = (torch.float32, 8) if bits == 8 else (torch.float16, 4)
-    affine = packed[:, -behind:].contiguous().view(real).float()
-    values = packed[:, :-behind] if bits == 8 else unpack_bits(packed[:, :-behind], bits)
+    values, affine = split_rows(packed, bits)
+    values, affine = values if bits == 8 else unpack_bits(values, bits), affine.float()
     return torch.addcmul(affine[:, 1:], values.float(), affine[:, :1])
+
+
+def split_rows(packed: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """FBGEMM's row-wise format taken apart: bytes [rows, n], and each row's scale and bias [rows, 2] in fp32 or fp16."""
+    real, behind = (torch.float32, 8) if bits == 8 else (torch.float16, 4)
+    return packed[:, :-behind].contiguous(), packed[:, -behind:].contiguous().view(real)
 
 
 def _pack_chunk(weight: Tensor, bits: int) -> Tensor:

@@ -1,0 +1,145 @@
+"""Packed layers in ordinary operations that stay small: what leaves for another runtime.
+
+A packed layer runs here by operators that no exporter knows, and its ``plain()`` form has fp32 weights, four to eight times
+the bytes. These modules hold the packed bytes as they are and turn them into numbers with what every runtime has: lookups,
+casts, multiplies. Of a table only the rows that were looked up become numbers; a dense layer's weights are the same at each
+call, so a runtime may fold them when it loads and the file stays small.
+
+Bits are taken apart in floating point (``floor`` of a quotient), not by shifts: torch's ONNX exporter writes a shift of
+bytes as seven operations of two types that ONNX Runtime refuses, and the quotients here are exact. ONNX' own 4-bit type was
+the alternative; ONNX Runtime looks no rows up in it. The cost is time in eager PyTorch, where nothing is folded.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def numbers(packed: Tensor, bits: int) -> Tensor:
+    """fp32 [..., m * 8 / bits] from bytes [..., m], the first number in a byte's lowest bits; at 8 bits only a cast."""
+    rest = packed.float()
+    parts = []
+    for _ in range(8 // bits - 1):
+        higher = torch.floor(rest / 2**bits)
+        parts.append(rest - higher * 2**bits)
+        rest = higher
+    return torch.stack([*parts, rest], -1).flatten(-2) if parts else rest
+
+
+class Weight(nn.Module):
+    """fp32 weights of a shape, made at each call from floats, bytes or half bytes (offset by 8) and a scale."""
+
+    packed: Tensor
+    scale: Tensor | None
+
+    def __init__(self, packed: Tensor, shape: Sequence[int], scale: Tensor | None = None) -> None:
+        super().__init__()
+        self.shape = tuple(shape)
+        self.register_buffer("packed", packed)
+        self.register_buffer("scale", scale)
+
+    def widen(self) -> None:
+        """Half bytes to bytes, in place: the same numbers for a runtime that would take half bytes apart for good."""
+        if self.packed.dtype == torch.uint8:
+            self.packed = self._halves().to(torch.int8)
+
+    def _halves(self) -> Tensor:
+        """The numbers in half bytes: a matrix fills whole bytes row by row, anything else is one run of numbers."""
+        values = numbers(self.packed, 4) - 8.0
+        values = values[..., : self.shape[-1]] if values.dim() > 1 else values[: math.prod(self.shape)]
+        return values.reshape(self.shape)
+
+    def forward(self) -> Tensor:
+        """The weights, in the shape given."""
+        values = self._halves() if self.packed.dtype == torch.uint8 else self.packed.float()
+        return values if self.scale is None else values * self.scale
+
+
+class Linear(nn.Module):
+    """A dense layer over a ``Weight``."""
+
+    bias: Tensor | None
+
+    def __init__(self, weight: Weight, bias: Tensor | None) -> None:
+        super().__init__()
+        self.weight = weight
+        self.register_buffer("bias", bias)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """[..., outputs] fp32 from [..., inputs]."""
+        return F.linear(input.float(), self.weight(), self.bias)
+
+
+class Rows(nn.Module):
+    """Rows of whole numbers, each with a scale and a bias; ``values`` are bytes, two or four numbers to a byte below 8 bits."""
+
+    values: Tensor
+    affine: Tensor
+
+    def __init__(self, values: Tensor, affine: Tensor, bits: int, dim: int) -> None:
+        super().__init__()
+        self.bits, self.dim = bits, dim
+        self.register_buffer("values", values)
+        self.register_buffer("affine", affine)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """fp32 rows [..., dim] of ids of any shape."""
+        affine = F.embedding(input, self.affine).float()
+        return (numbers(F.embedding(input, self.values), self.bits) * affine[..., :1] + affine[..., 1:])[..., : self.dim]
+
+
+class Halves(nn.Module):
+    """fp16 rows, answered as fp32."""
+
+    packed: Tensor
+
+    def __init__(self, packed: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("packed", packed)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """fp32 rows [..., dim] of ids of any shape."""
+        return F.embedding(input, self.packed).float()
+
+
+class Codes(nn.Module):
+    """Rows that are codes into codebooks ``books`` [parts, codes, width]."""
+
+    codes: Tensor
+    base: Tensor
+
+    def __init__(self, codes: Tensor, books: Weight, dim: int) -> None:
+        super().__init__()
+        self.dim = dim
+        self.register_buffer("codes", codes)
+        parts, count, _ = books.shape
+        self.register_buffer("base", torch.arange(parts, dtype=torch.int32) * count)
+        self.books = books
+
+    def forward(self, input: Tensor) -> Tensor:
+        """fp32 rows [..., dim] of ids of any shape."""
+        at = F.embedding(input, self.codes) + self.base
+        return F.embedding(at, self.books().flatten(0, 1)).flatten(-2)[..., : self.dim]
+
+
+class Bag(nn.Module):
+    """Bags of equal length joined to one row each, as ``nn.EmbeddingBag`` joins a matrix of ids."""
+
+    def __init__(self, rows: nn.Module, mode: str, padding: int | None) -> None:
+        super().__init__()
+        self.rows, self.mode, self.padding = rows, mode, padding
+
+    def forward(self, input: Tensor) -> Tensor:
+        """[bags, dim] from ids [bags, length]; zero for a bag that holds only padding."""
+        real = torch.ones_like(input, dtype=torch.bool) if self.padding is None else input.ne(self.padding)
+        rows, inside = self.rows(input), real.unsqueeze(-1)
+        if self.mode == "max":
+            most: Tensor = rows.masked_fill(~inside, -torch.inf).amax(1)
+            return most.masked_fill(~inside.any(1), 0.0)
+        total: Tensor = (rows * inside).sum(1)
+        return total if self.mode == "sum" else total / inside.sum(1).clamp_min(1)
