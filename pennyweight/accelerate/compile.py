@@ -19,7 +19,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
-import importlib
 import importlib.util
 import logging
 import warnings
@@ -32,6 +31,7 @@ from torch import Tensor, nn
 from pennyweight.core import hardware
 from pennyweight.core.errors import DeviceError
 from pennyweight.model.bundle import Runtime
+from pennyweight.model.onnx import session
 from pennyweight.model.spec import Batch, call, replace
 
 Scorer = Callable[[Batch], Tensor]
@@ -98,17 +98,10 @@ class Exported:
 
     def scorer(self, threads: int = 0) -> Scorer:
         """A session of ONNX Runtime on the CPU; 0 threads is one for every core."""
-        onnxruntime = importlib.import_module("onnxruntime")
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = threads
-        # Threads that wait for work by spinning take the cores of whatever else is timed or served beside them.
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        options.inter_op_num_threads = 1
-        options.log_severity_level = 3
-        session = onnxruntime.InferenceSession(self.graph, options, providers=["CPUExecutionProvider"])
+        running = session(self.graph, threads)
 
         def score(batch: Batch) -> Tensor:
-            (output,) = session.run(None, {n: batch[n].numpy() for n in self.names})
+            (output,) = running.run(None, {n: batch[n].numpy() for n in self.names})
             return torch.from_numpy(output)
 
         return score
