@@ -10,6 +10,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from pennyweight.api import optimize
     from pennyweight.core.budget import Budget
     from pennyweight.data.dataset import Dataset
     from pennyweight.data.schema import Column, Schema
@@ -48,6 +49,7 @@ __all__ = [
     "Trial",
     "fit",
     "load",
+    "optimize",
     "plan",
     "save",
     "spec_of",
@@ -55,6 +57,8 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
+    if name == "optimize":
+        return importlib.import_module("pennyweight.optimize")  # the package, which answers calls
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module(_HOME[name]), name)

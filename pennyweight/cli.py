@@ -6,14 +6,11 @@ Whatever a person can get wrong ends in one line on standard error that says wha
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from pennyweight import __version__
@@ -22,8 +19,7 @@ from pennyweight.core import hardware
 from pennyweight.core.config import decode, loads
 from pennyweight.core.errors import ConfigError, DataError, PennyweightError
 from pennyweight.data.dataset import How
-from pennyweight.model.train import EpochLog
-from pennyweight.model.train import Progress as Trained
+from pennyweight.progress import watching
 
 app = typer.Typer(
     name="pennyweight",

@@ -40,7 +40,7 @@ SPENDS: dict[str, tuple[str, Mapping[str, float]]] = {
 }
 """What may be limited: its name -> the field, and its units (in ms, in bytes; money has its own form)."""
 
-METRICS = ("quality", "auc", "accuracy", "log_loss", "normalized_entropy", "recall@K", "ndcg@K", "hit_rate@K")
+METRICS = ("quality", "auc", "accuracy", "log_loss", "normalized_entropy", "mse", "recall@K", "ndcg@K", "hit_rate@K")
 """Metrics a margin may name; K is a number."""
 
 ALIASES = {

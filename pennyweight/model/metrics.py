@@ -81,10 +81,15 @@ def accuracy(labels: ArrayLike, scores: ArrayLike) -> float:
     return float(np.mean(s.argmax(1) == y if s.ndim == 2 else (s > 0.5) == (y > 0.5)))
 
 
+def mse(labels: ArrayLike, predictions: ArrayLike) -> float:
+    """Mean squared error."""
+    y, p = _pair(labels, predictions)
+    return float(np.mean((y - p) ** 2))
+
+
 def rmse(labels: ArrayLike, predictions: ArrayLike) -> float:
     """Root of the mean squared error."""
-    y, p = _pair(labels, predictions)
-    return float(np.sqrt(np.mean((y - p) ** 2)))
+    return math.sqrt(mse(labels, predictions))
 
 
 def recall_at_k(truth: ArrayLike, scores: ArrayLike, k: int) -> float:
@@ -270,6 +275,7 @@ METRICS: Mapping[str, Metric] = {
     "normalized_entropy": Metric(_on_probabilities(normalized_entropy), False),
     "calibration_error": Metric(_on_probabilities(calibration_error), False),
     "accuracy": Metric(_on_probabilities(accuracy), True),
+    "mse": Metric(mse, False),
     "rmse": Metric(rmse, False),
 }
 """Metrics of rows by name; ``ndcg@10``, ``recall@20`` and ``hit_rate@10`` name full rankings (see ``ranking``)."""

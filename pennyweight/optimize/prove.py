@@ -8,7 +8,7 @@ that was fixed before looking? A "no significant difference" proves nothing; too
 - AUC: DeLong's variance, in O(n log n) (Sun & Xu, IEEE Signal Processing Letters 21, 2014).
 - Rows come in users, and one user's rows rise and fall together; counting them as independent proves too much. Given
   ``users``, contributions are summed by user first (Obuchowski, Biometrics 53, 1997).
-- Means over rows or users (accuracy, log loss, NDCG and recall per user): the same sum over paired differences.
+- Means over rows or users (accuracy, log loss, squared error, NDCG and recall per user): the same sum over paired differences.
 - Ratios such as normalized entropy: a bootstrap that draws whole users (or rows).
 
 Bounds use Student's t, with degrees of freedom from how evenly the units contribute (Satterthwaite): ten heavy users
@@ -37,7 +37,7 @@ Statistic = Callable[[Floats], Floats]
 T = TypeVar("T")
 
 CONFIDENCE = 0.95
-TESTED = ("auc", "accuracy", "log_loss", "normalized_entropy")
+TESTED = ("auc", "accuracy", "log_loss", "normalized_entropy", "mse")
 """Metrics ``prove`` has a test for."""
 _BLOCK = 1 << 22  # weights held at once in a bootstrap: 32 MB
 
@@ -261,7 +261,7 @@ def prove(
     """Compare a candidate with the baseline on the same rows and say whether its drop is inside the margin.
 
     Args:
-        metric: ``auc``, ``accuracy``, ``log_loss`` or ``normalized_entropy``; for any other, compute a value per user
+        metric: ``auc``, ``accuracy``, ``log_loss``, ``normalized_entropy`` or ``mse``; for any other, compute a value per user
             and hand both arrays to ``means``, then ``judge``.
         labels: ``[rows]`` 0 and 1 (for accuracy over classes: the class).
         baseline_scores: ``[rows]`` logits of the baseline (or ``[rows, classes]``).
@@ -284,12 +284,19 @@ def prove(
     y, (a, b), who = _checked(labels, baseline_scores, scores, users, classes=metric == "accuracy")
     if metric == "accuracy":
         return judge(metric, means(_accuracy(y, a), _accuracy(y, b), who), margin)
+    if metric == "mse":
+        return judge(metric, _lower(np.square(y - a), np.square(y - b), who), margin)
     _binary(y)
     if metric == "log_loss":
-        flipped = means(-_log_loss(y, a), -_log_loss(y, b), who)
-        return judge(metric, dataclasses.replace(flipped, baseline=-flipped.baseline, value=-flipped.value), margin)
+        return judge(metric, _lower(_log_loss(y, a), _log_loss(y, b), who), margin)
     units, unit = (np.arange(len(y)), "rows") if who is None else (who, "users")
     return judge(metric, _resampled(weighted_entropy(y, a), weighted_entropy(y, b), units, unit, seed), margin)
+
+
+def _lower(a: Floats, b: Floats, users: NDArray[Any] | None) -> Comparison:
+    """``means`` of a value of which less is better."""
+    flipped = means(-a, -b, users)
+    return dataclasses.replace(flipped, baseline=-flipped.baseline, value=-flipped.value)
 
 
 def judge(metric: str, comparison: Comparison, margin: float) -> Quality:
