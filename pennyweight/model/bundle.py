@@ -30,7 +30,7 @@ from torch import Tensor
 from pennyweight.core.config import decode, dumps, encode
 from pennyweight.core.errors import BundleError, ConfigError, StorageError
 from pennyweight.data.catalog import Catalog
-from pennyweight.model import dense, tables  # noqa: F401  (registers the layers a manifest may name)
+from pennyweight.model import conv, dense, tables  # noqa: F401  (registers the layers a manifest may name)
 from pennyweight.model.spec import Model, Spec
 
 FORMAT = 1
@@ -126,7 +126,7 @@ def save(bundle: Bundle, path: str | os.PathLike[str]) -> Path:
         for name, data in {**files, "manifest.json": dumps(manifest).encode()}.items():
             _put(temporary / name, data)
         temporary.chmod(0o755)
-        _swap(temporary, target)
+        swap(temporary, target)
     except OSError as error:
         raise StorageError(
             f"could not write the bundle {target}: {error.strerror}; free some room or name another folder"
@@ -145,7 +145,7 @@ def _put(path: Path, data: bytes) -> None:
         os.fsync(file.fileno())
 
 
-def _swap(new: Path, target: Path) -> None:
+def swap(new: Path, target: Path) -> None:
     """Put ``new`` at ``target``; where one stands already the two change places in one step of the file system."""
     if not target.exists():
         os.rename(new, target)

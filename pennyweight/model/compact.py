@@ -31,6 +31,16 @@ def numbers(packed: Tensor, bits: int) -> Tensor:
     return torch.stack([*parts, rest], -1).flatten(-2) if parts else rest
 
 
+Sizes = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], int]
+"""Stride, padding and dilation of a convolution, one number a dimension each, and its groups."""
+
+
+def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, sizes: Sizes) -> Tensor:
+    """``F.conv1d`` or ``F.conv2d``, by the dimensions of the weights."""
+    function = F.conv1d if weight.dim() == 3 else F.conv2d
+    return function(x, weight, bias, *sizes)
+
+
 class Weight(nn.Module):
     """fp32 weights of a shape, made at each call from floats, bytes or half bytes (offset by 8) and a scale."""
 
@@ -73,6 +83,21 @@ class Linear(nn.Module):
     def forward(self, input: Tensor) -> Tensor:
         """[..., outputs] fp32 from [..., inputs]."""
         return F.linear(input.float(), self.weight(), self.bias)
+
+
+class Conv(nn.Module):
+    """A convolution over a ``Weight`` [outputs, taps], the weights of ``shape`` as a matrix."""
+
+    bias: Tensor | None
+
+    def __init__(self, weight: Weight, bias: Tensor | None, shape: Sequence[int], sizes: Sizes) -> None:
+        super().__init__()
+        self.weight, self.shape, self.sizes = weight, tuple(shape), sizes
+        self.register_buffer("bias", bias)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """[B, outputs, ...] fp32 from [B, inputs, ...]."""
+        return convolve(input.float(), self.weight().reshape(self.shape), self.bias, self.sizes)
 
 
 class Rows(nn.Module):

@@ -30,7 +30,9 @@ from pennyweight.model.spec import Layer
 
 WORTH = 16_384
 """Weights from which multiplying in int8 is faster than in fp32."""
-_FLOATS = {"fp16": torch.float16, "bf16": torch.bfloat16}
+FLOATS = {"fp16": torch.float16, "bf16": torch.bfloat16}
+"""Data types that are stored so and run in fp32."""
+_BATCH: dict[int, type[nn.BatchNorm1d] | type[nn.BatchNorm2d]] = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d}
 
 
 @named("dense")
@@ -62,8 +64,8 @@ class Dense(Layer):
         weight, rest = weight.contiguous(), {} if bias is None else {"bias": bias.clone()}
         if self.data_type == "fp32":
             return {"weight": weight.clone(), **rest}
-        if self.data_type in _FLOATS:
-            return {"packed": weight.to(_FLOATS[self.data_type]), **rest}
+        if self.data_type in FLOATS:
+            return {"packed": weight.to(FLOATS[self.data_type]), **rest}
         whole, scale = scaled(weight, 8 if self.data_type == "int8" else 4, (1,))
         if self.data_type == "int4":
             whole = pack_bits(F.pad((whole + 8).to(torch.uint8), (0, self.inputs % 2)), 4)
@@ -93,7 +95,7 @@ class PackedLinear(Packed):
         self.in_features, self.out_features = layer.inputs, layer.outputs
         self.whole = layer.data_type in ("int8", "int4")
         width = -(-layer.inputs // 2) if layer.data_type == "int4" else layer.inputs
-        kind = {**_FLOATS, "int8": torch.int8, "int4": torch.uint8}[layer.data_type]
+        kind = {**FLOATS, "int8": torch.int8, "int4": torch.uint8}[layer.data_type]
         self.register_buffer("packed", torch.zeros(layer.outputs, width, dtype=kind))
         if self.whole:
             self.register_buffer("scale", torch.ones(layer.outputs))
@@ -123,7 +125,7 @@ class PackedLinear(Packed):
             return F.linear(input, self.weight, self.bias)  # the operator would cut the gradient off without a word
         ready, x = self.ready(), input.float()
         if not isinstance(ready, Tensor):
-            output: Tensor = torch.ops.quantized.linear_dynamic(x, ready, _narrow())
+            output: Tensor = torch.ops.quantized.linear_dynamic(x, ready, narrow())
             return output
         if self.whole and self.layer.inputs * self.layer.outputs >= WORTH:
             x = _rounded(x)
@@ -157,26 +159,33 @@ class Norm(Layer):
     momentum: float | None = 0.1
     """Batch norm only: how fast its statistics move in training."""
     affine: bool = True
+    dims: Literal[1, 2] = 1
+    """Batch norm only: 2 for images [B, features, height, width]."""
 
     def build(self) -> nn.Module:
-        """``nn.BatchNorm1d`` or ``nn.LayerNorm``."""
+        """``nn.BatchNorm1d``, ``nn.BatchNorm2d`` or ``nn.LayerNorm``."""
         if self.kind == "layer":
             return nn.LayerNorm(self.features, self.eps, self.affine)
-        return nn.BatchNorm1d(self.features, self.eps, self.momentum, self.affine)
+        return _BATCH[self.dims](self.features, self.eps, self.momentum, self.affine)
 
     def bytes(self) -> int:
         """Bytes of gain, shift and, for a batch norm, the statistics and their counter."""
         return 8 * self.features * self.affine + (8 * self.features + 8) * (self.kind == "batch")
 
     def flops(self) -> int:
-        """Operations for one row: a multiply and an add a number, and for a layer norm its statistics."""
+        """Operations for one row or position: a multiply and an add a number, and for a layer norm its statistics."""
         return self.features * (2 if self.kind == "batch" else 6)
 
     @classmethod
     def of(cls, module: nn.Module) -> Norm | None:
         """What norm a module is; None for anything else."""
-        if isinstance(module, nn.BatchNorm1d) and type(module) is nn.BatchNorm1d and module.track_running_stats:
-            return cls(module.num_features, "batch", module.eps, module.momentum, module.affine)
+        if (
+            isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d))
+            and type(module) in _BATCH.values()
+            and module.track_running_stats
+        ):
+            dims: Literal[1, 2] = 2 if isinstance(module, nn.BatchNorm2d) else 1
+            return cls(module.num_features, "batch", module.eps, module.momentum, module.affine, dims)
         if isinstance(module, nn.LayerNorm) and len(module.normalized_shape) == 1:
             whole = (module.weight is None) == (module.bias is None)
             return cls(module.normalized_shape[0], "layer", module.eps, None, module.elementwise_affine) if whole else None
@@ -208,7 +217,7 @@ def operators() -> bool:
 
 
 @functools.cache
-def _narrow() -> bool:
+def narrow() -> bool:
     """Whether activations must keep to 7 bits: without VNNI two products of 8 bits overflow the 16 they are added in."""
     return not torch.cpu._is_vnni_supported()
 
@@ -228,7 +237,7 @@ def _rounded(x: Tensor) -> Tensor:
         return x
     low, high = torch.aminmax(x)
     low, high = low.clamp(max=0), high.clamp(min=0)
-    top = 127 if _narrow() else 255
+    top = 127 if narrow() else 255
     scale = ((high - low) / top).clamp(min=torch.finfo(torch.float32).tiny)
     zero = (-low / scale).round()
     return ((x / scale).round() + zero).clamp(0, top).sub(zero) * scale

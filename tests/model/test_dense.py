@@ -69,7 +69,7 @@ def test_bytes_are_the_bytes_of_its_state(data_type: str, inputs: int, outputs: 
 def test_without_the_operator_the_numbers_are_the_same(
     data_type: str, inputs: int, outputs: int, narrow: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(dense, "_narrow", lambda: narrow)
+    monkeypatch.setattr(dense, "narrow", lambda: narrow)
     made, module = layer(data_type, inputs, outputs)
     x = torch.randn(64, inputs, generator=torch.Generator().manual_seed(0))
     want = module(x)
@@ -141,7 +141,15 @@ def test_int4_clips_what_is_worth_clipping() -> None:
 
 
 @pytest.mark.parametrize(
-    "norm", [Norm(6), Norm(6, affine=False), Norm(6, "layer"), Norm(6, "layer", affine=False), Norm(6, eps=1e-3, momentum=None)]
+    "norm",
+    [
+        Norm(6),
+        Norm(6, affine=False),
+        Norm(6, "layer"),
+        Norm(6, "layer", affine=False),
+        Norm(6, eps=1e-3, momentum=None),
+        Norm(6, dims=2),
+    ],
 )
 def test_norms(norm: Norm) -> None:
     module = norm.build()
@@ -149,7 +157,8 @@ def test_norms(norm: Norm) -> None:
     assert loads(Layer, dumps(norm)) == norm
     if norm.kind == "batch":
         assert Norm.of(module) == norm
-    assert module(torch.randn(4, 6)).shape == (4, 6)
+    shape = (4, 6, 5, 5) if norm.dims == 2 else (4, 6)
+    assert module(torch.randn(shape)).shape == shape
 
 
 def test_what_is_no_plain_layer_is_not_taken_for_one() -> None:
@@ -157,7 +166,7 @@ def test_what_is_no_plain_layer_is_not_taken_for_one() -> None:
     for module in (attention.out_proj, nn.Linear(3, 2, dtype=torch.float64), nn.Embedding(3, 2), nn.Bilinear(2, 2, 2)):
         assert Dense.of(module) is None
     untracked = nn.BatchNorm1d(3, track_running_stats=False)
-    for module in (nn.LayerNorm((2, 3)), nn.LayerNorm(3, bias=False), untracked, nn.BatchNorm2d(3)):
+    for module in (nn.LayerNorm((2, 3)), nn.LayerNorm(3, bias=False), untracked, nn.BatchNorm3d(3)):
         assert Norm.of(module) is None
 
 
