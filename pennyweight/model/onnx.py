@@ -184,6 +184,18 @@ class Onnx(Packed):
         """Refused: the graph runs in ONNX Runtime whatever the engine."""
         raise DeviceError("an ONNX model is a graph that ONNX Runtime runs already, and no other engine can; use 'eager'")
 
+    @property
+    def kind(self) -> str:
+        """What the graph is made of: the data types that hold a tenth of its bytes or more."""
+        proto, held = _parsed(self.graph), Counter[str]()
+        blocks = (n for n in proto.graph.node if n.op_type == "MatMulNBits")  # packed into bytes, whatever the bits
+        packed = {n.input[1]: f"int{next(a.i for a in n.attribute if a.name == 'bits')}" for n in blocks}
+        for name, tensor in _tensors(proto).items():
+            kind = library().TensorProto.DataType.Name(tensor.data_type)
+            kind = packed.get(tensor.name) or _SHORT.get(kind, kind.lower().removeprefix("u"))
+            held[kind] += self.weights.get_buffer(name).nbytes
+        return "onnx " + " + ".join(k for k, n in held.most_common() if 10 * n >= held.total())
+
     def proto(self) -> Any:
         """The whole graph, an ``onnx.ModelProto``."""
         proto = _parsed(self.graph)
@@ -272,6 +284,8 @@ _HELD = {
     **{"UINT8": torch.uint8, "BOOL": torch.bool},
 }
 """ONNX' types that PyTorch has; a tensor of another (int4, float8) is held as its bytes."""
+
+_SHORT = {"FLOAT": "fp32", "FLOAT16": "fp16", "BFLOAT16": "bf16", "DOUBLE": "fp64"}
 
 
 # -- tensors in and out of a graph ---------------------------------------------------------------------------------------

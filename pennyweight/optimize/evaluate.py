@@ -27,6 +27,7 @@ from pennyweight.data.dataset import Dataset
 from pennyweight.data.requests import Trace
 from pennyweight.model import metrics
 from pennyweight.model.bundle import Bundle, load, save
+from pennyweight.model.onnx import Onnx
 from pennyweight.model.spec import Batch, Layer
 from pennyweight.model.tables import Table
 from pennyweight.model.train import Queries
@@ -44,11 +45,13 @@ class Bench:
     """Each makes one request's batch, features included, as serving would."""
     candidates: int
     seconds: float = 1.0
+    users: bool = False
+    """Whether a request is one user's candidates, or just rows."""
 
     @classmethod
     def replay(cls, trace: Trace, catalog: Catalog, seconds: float = 1.0) -> Bench:
         """The requests of a trace, in order."""
-        return cls(tuple(lambda r=r: r.batch(catalog) for r in trace), len(trace.requests[0].items), seconds)  # type: ignore[misc]
+        return cls(tuple(lambda r=r: r.batch(catalog) for r in trace), len(trace.requests[0].items), seconds, True)  # type: ignore[misc]
 
     @classmethod
     def of(cls, data: Dataset, candidates: int = 500, trace: Trace | None = None, n: int = 64, seed: int = 0) -> Bench:
@@ -128,9 +131,10 @@ def parts(bundle: Bundle, bench: Bench, allow: Sequence[str] = (), rounds: int =
         total = (time.perf_counter() - start) * 1e3 / rounds
         for handle in handles:
             handle.remove()
+        kind = runner.module.kind if isinstance(runner.module, Onnx) else "glue"  # an ONNX graph is one part
     made = [_part(p, layer, spent[p] / rounds, rows[p] // (rounds * bench.candidates)) for p, layer in layers.items()]
     rest = bundle.model.bytes - sum(p.bytes for p in made)
-    return (*made, Part("everything else", "glue", max(0, rest), max(0.0, total - sum(p.ms for p in made)), 0))
+    return (*made, Part("everything else", kind, max(0, rest), max(0.0, total - sum(p.ms for p in made)), 0))
 
 
 def _timed(
