@@ -19,8 +19,10 @@ import torch
 from torch import Tensor
 
 import pennyweight
+from pennyweight.accelerate.compile import export
 from pennyweight.accelerate.tune import SetRuntime
 from pennyweight.compress.distill import Distill
+from pennyweight.compress.onnx import QuantizeOnnx
 from pennyweight.compress.prune import FoldNorms, PruneNeurons
 from pennyweight.compress.quantize import QuantizeDense, QuantizeTables
 from pennyweight.compress.share import ShareRows
@@ -33,6 +35,7 @@ from pennyweight.data.schema import Column, Schema
 from pennyweight.distribute.planner import Place
 from pennyweight.model.bundle import Bundle, load, save
 from pennyweight.model.cascade import Cascade
+from pennyweight.model.onnx import read
 from pennyweight.model.ranking import DeepFM
 from pennyweight.model.retrieval import TwoTower
 from pennyweight.model.spec import Model, build, call, spec_of
@@ -48,6 +51,11 @@ class Case:
     transform: Transform
     idle: Transform | None = None
 
+    @property
+    def graph(self) -> bool:
+        """Whether it changes ONNX graphs, and not a module of layers."""
+        return isinstance(self.transform, QuantizeOnnx)
+
 
 CASES = (
     Case(PruneNeurons(keep=0.5), idle=PruneNeurons(keep=1.0)),
@@ -56,11 +64,16 @@ CASES = (
     Case(Distill(epochs=2), idle=Distill(epochs=0)),
     Case(QuantizeTables(data_type="int4")),
     Case(QuantizeDense(data_type="int8")),
+    Case(QuantizeOnnx("int8")),
+    Case(QuantizeOnnx("int8-static")),
+    Case(QuantizeOnnx("int4")),
     Case(Place()),
     Case(SetRuntime(engine="eager", threads=1, batch=256)),
     Case(SetPolicy(batch=4, wait_ms=1.0, deadline_ms=100.0)),
 )
-every = pytest.mark.parametrize("case", CASES, ids=lambda c: type(c.transform).__name__)
+every = pytest.mark.parametrize(
+    "case", CASES, ids=lambda c: f"{type(c.transform).__name__}-{getattr(c.transform, 'data_type', '')}".rstrip("-")
+)
 
 
 @pytest.fixture(scope="module")
@@ -103,7 +116,7 @@ def env() -> Env:
 
 
 @pytest.fixture(scope="module")
-def given(env: Env) -> Bundle:
+def recommender(env: Env) -> Bundle:
     """A recommender of two stages, trained for one epoch."""
     assert env.train and env.valid and env.recipe
     columns = env.train.schema.columns
@@ -120,21 +133,55 @@ def given(env: Env) -> Bundle:
     return Bundle(Model.of(module, spec), env.train.catalog)
 
 
-@pytest.fixture(scope="module")
-def full(env: Env, given: Bundle) -> Env:
-    return dataclasses.replace(env, teachers=(given.model,))
+class Liking(torch.nn.Module):
+    """A table and a dense layer, for an ONNX graph."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.items, self.out = torch.nn.Embedding(600, 16), torch.nn.Linear(16, 1)
+
+    def forward(self, item: Tensor) -> Tensor:
+        return self.out(self.items(item).relu())
 
 
 @pytest.fixture(scope="module")
-def changed(given: Bundle, full: Env) -> Callable[[Transform], Bundle]:
-    """What a transform makes of the bundle, made once."""
-    return functools.cache(lambda transform: transform.apply(given, full))
+def graph(env: Env, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    """A file that came from elsewhere."""
+    assert env.calib
+    path = tmp_path_factory.mktemp("onnx") / "liking.onnx"
+    torch.manual_seed(0)
+    path.write_bytes(export(Liking().eval(), next(env.calib.batches(8)), ("item",)).graph)
+    return Bundle(read(path), env.calib.catalog)
+
+
+@pytest.fixture
+def given(case: Case, recommender: Bundle, request: pytest.FixtureRequest) -> Bundle:
+    """What a case's transform changes."""
+    found: Bundle = request.getfixturevalue("graph") if case.graph else recommender
+    return found
+
+
+@pytest.fixture(scope="module")
+def full(env: Env, recommender: Bundle) -> Env:
+    return dataclasses.replace(env, teachers=(recommender.model,))
+
+
+@pytest.fixture(scope="module")
+def applied(full: Env) -> Callable[[Transform, Bundle], Bundle]:
+    """What a transform makes of a bundle, made once."""
+    return functools.cache(lambda transform, bundle: transform.apply(bundle, full))
+
+
+@pytest.fixture
+def changed(given: Bundle, applied: Callable[[Transform, Bundle], Bundle]) -> Callable[[Transform], Bundle]:
+    """What a transform makes of the bundle."""
+    return lambda transform: applied(transform, given)
 
 
 def outputs(model: Model, env: Env) -> Tensor:
     assert env.calib
     with torch.inference_mode():
-        return call(model.build(), next(env.calib.batches(256)))
+        return call(model.build(), next(env.calib.batches(256)), model.spec.inputs)
 
 
 def content(bundle: Bundle) -> Any:

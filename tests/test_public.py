@@ -17,10 +17,10 @@ from pennyweight.model.spec import Layer
 from pennyweight.model.transform import FIELD, STAGES, Transform
 
 IMPORTED = """
-    Budget Bundle Column Dataset Env Model Plan Recipe Result Schema Spec Transform Trial fit load plan save spec_of
+    Budget Bundle Column Dataset Env Model Plan Recipe Result Schema Spec Transform Trial fit load optimize plan save spec_of
 """
-TRANSFORMS = "distill fold-norms place prune-neurons quantize-dense quantize-tables queue run share-rows"
-LAYERS = "dense identity norm table"
+TRANSFORMS = "distill fold-norms place prune-neurons quantize-dense quantize-onnx quantize-tables queue run share-rows"
+LAYERS = "conv dense identity norm table"
 COMMANDS = "apply bench demo doctor inspect optimize report serve train"
 
 
