@@ -44,7 +44,7 @@ from pennyweight.progress import watching
 
 Task = Literal["binary", "multi-class", "regression", "ranking"]
 
-USUAL: dict[Task, tuple[str, str]] = {
+USUAL: dict[Task, tuple[Literal["bce", "cross-entropy", "mse", "bpr"], str]] = {
     "binary": ("bce", "auc"),
     "multi-class": ("cross-entropy", "accuracy"),
     "regression": ("mse", "mse"),
@@ -61,6 +61,9 @@ OF_TASK: dict[Task, tuple[str, ...]] = {
 
 BATCH = 128
 """Rows a step of recovery, where no recipe is given."""
+
+TEACHERS = 2
+"""Models trained from other seeds to teach beside the given one; only where it is known how it was trained."""
 
 
 def optimize(
@@ -126,6 +129,7 @@ def optimize(
     taken, rows_, held = _taken(_opened(model), rows_, held, tuple(inputs), tuple(allow))
     task, parts = _parted(taken, rows_, held, task, seed, tuple(allow))
     metric = _metric(limit, task, metric)
+    given = recipe is not None
     recipe = recipe or Recipe(USUAL[task][0], batch=BATCH, epochs=epochs, patience=3, metric=metric)
     bundle = Bundle(taken, catalog=parts.train.catalog)
     env = Env(parts.train, parts.valid, parts.train, None, topology, recipe=recipe, seed=seed, allow=tuple(allow))
@@ -135,15 +139,16 @@ def optimize(
         epochs=epochs,
         candidates=rows,
         tries=tries,
+        teachers=TEACHERS if given else 0,
         force=force,
         model=_name(model),
         data=f"{task}; {' / '.join(f'{len(p):,}' for p in parts)} rows to train, choose, prove",
         epochs_before=() if trained is None else history("baseline", trained),
     )
     with watching(Console(stderr=True)) if watch is None else contextlib.nullcontext() as shown:
-        place = Place().apply(bundle, env) if gpus else bundle
-        step = watch or shown.step
-        return _searched(place, env, limit, parts.test, options, None if out is None else Path(out), resume, step)
+        placed = Place().apply(bundle, env) if gpus else bundle
+        heard = watch or shown.step  # type: ignore[union-attr]  # one of the two is there
+        return _searched(placed, env, limit, parts.test, options, None if out is None else Path(out), resume, heard)
 
 
 def placeable(nodes: int, gpus: int) -> Topology:

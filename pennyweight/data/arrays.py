@@ -112,7 +112,8 @@ def _array(name: str, values: Any) -> Array:
 
 def _single(array: Array) -> Array:
     """Numbers as float32, ids as int64, pixels (uint8) and booleans as float32."""
-    return array.astype(np.int64 if _ids(array) else np.float32)
+    kind: Any = np.int64 if _ids(array) else np.float32
+    return np.asarray(array, kind)
 
 
 def _ids(array: Array) -> bool:
@@ -132,9 +133,9 @@ def _column(name: str, values: Array) -> tuple[Column, Array]:
 def _labels(labels: Array) -> Array:
     """One number a row: a column of them is flattened, one-hot rows become their class."""
     if labels.ndim == 2 and labels.shape[1] == 1:
-        return labels[:, 0]
+        return np.asarray(labels[:, 0])
     if labels.ndim == 2 and np.isin(labels, (0, 1)).all() and (labels.sum(1) == 1).all():
-        return labels.argmax(1)
+        return np.asarray(labels.argmax(1))
     if labels.ndim != 1:
         raise DataError(f"labels have shape {labels.shape}; one a row is needed, a class, a number, or one-hot")
     return labels

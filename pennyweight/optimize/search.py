@@ -323,6 +323,11 @@ class Search:
             if best is self.trials[-1]:
                 save(self.bundles[_key(best.plan)], self.out / "best")
 
+    @property
+    def request(self) -> str:
+        """What is timed, in words."""
+        return f"one user with {self.bench.candidates} candidates" if self.bench.users else f"{self.bench.candidates} rows"
+
     @functools.cached_property
     def fingerprint(self) -> str:
         """What makes finished trials of an earlier search usable: same model, data, budget and options."""
@@ -675,6 +680,7 @@ def _result(search: Search, chosen: Trial | None, control: Trial | None, best: B
         versions=hardware.versions(),
         date=datetime.now(UTC).isoformat(timespec="seconds"),
         data=o.data,
+        request=search.request,
         price=o.price,
         savings=savings,
     )
@@ -686,7 +692,7 @@ def _savings(search: Search, chosen: Trial | None, best: Bundle) -> tuple[str, .
         return ()
     before = money(search.base, search.bundle.runtime.threads, price)
     after = money(chosen.measured, best.runtime.threads, price)
-    asked = f"{price.currency} per million requests of {chosen.measured.candidates} candidates"
+    asked = f"{price.currency} per million requests of {search.request}"
     return (f"{before:.4g} -> {after:.4g} {asked}: {1 - after / before if before else 0.0:.0%} saved",)
 
 

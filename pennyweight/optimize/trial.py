@@ -134,6 +134,8 @@ class Result:
     date: str
     data: str = ""
     """One line on the data and its split."""
+    request: str = "one user with 500 candidates"
+    """What is timed."""
     price: Price | None = None
     model: str = ""
     """What was optimized, e.g. ``DeepFM``."""

@@ -64,7 +64,7 @@ def _lines(result: Result) -> Iterable[tuple[str, str]]:
         time = " " * 12 if role == "control" else f"p99 {ms(spent.p99_ms):>8}"  # a control is not deployed, only compared
         what = f"{result.model}  {_types(parts):12}".lstrip()
         yield role, f"{what} {size(spent.bytes):>7}   {time}   {quality}".rstrip()
-    request = f"one user with {cost_of(result.baseline).candidates} candidates"
+    request = result.request
     yield ("gain", f"{', '.join(gains(result, trial))} for {request}") if trial else ("request", request)
     if trial is not None:
         yield "plan", trial.plan.describe()

@@ -274,7 +274,7 @@ def _headline(result: Result) -> str:
 def _tiles(result: Result, trial: Trial) -> tuple[Tile, ...]:
     before, after, q = cost_of(result.baseline), cost_of(trial), trial.proof
     smaller, faster = gains(result, trial)
-    latency = f"p99, one user with {after.candidates} candidates"
+    latency = f"p99, {result.request}"
     tiles = (
         Tile(smaller, "weights", f"{size(before.bytes)} → {size(after.bytes)}"),
         Tile(faster, latency, f"{ms(before.p99_ms)} → {ms(after.p99_ms)}"),
