@@ -34,7 +34,8 @@ from pennyweight.core.config import named
 from pennyweight.core.errors import ConfigError, PlanError
 from pennyweight.data.dataset import Dataset
 from pennyweight.model.bundle import Bundle
-from pennyweight.model.onnx import Onnx, library, of
+from pennyweight.model.onnx import FACTORY, Onnx, library, of
+from pennyweight.model.spec import Model
 from pennyweight.model.transform import Env, Transform
 
 ROWS = 1024
@@ -152,16 +153,18 @@ class QuantizeOnnx(Transform):
         return [{e.name: e.fed(batch[c]) for e, c in zip(module.ready()[1], inputs, strict=True)} for batch in rows]
 
 
-def types(calib: bool) -> list[tuple[QuantizeOnnx, ...]]:
-    """Plans of data types to try on an ONNX graph, mild first; with ``calib``, calibrated ones too."""
-    static = [(QuantizeOnnx("int8-static"),)] if calib else []
-    return [
-        (QuantizeOnnx("fp16"),),
-        (QuantizeOnnx("int8"),),
-        *static,
-        (QuantizeOnnx("int4"),),
-        (QuantizeOnnx("int4"), QuantizeOnnx("int8")),
-    ]
+def types(model: Model, calib: bool) -> list[tuple[QuantizeOnnx, ...]]:
+    """Plans of data types to try on an ONNX model, mild first; with ``calib``, calibrated ones too. None for another model."""
+    if model.spec.factory != FACTORY:
+        return []
+    graph = cast(Onnx, model.build()).proto().graph
+    held = {n.op_type for n in graph.node if n.name in _weighty(graph, "fp16")}
+    ranges = (QuantizeOnnx("int8-static"),)
+    plans = [(QuantizeOnnx("fp16"),), (QuantizeOnnx("int8"),), *([ranges] if calib else [])]
+    packed, rest = bool(held & {"MatMul", "Gemm", "Gather"}), bool(held & {"Conv", "LSTM"})
+    plans += [(QuantizeOnnx("int4"),)] if packed else []
+    plans += [(QuantizeOnnx("int4"), QuantizeOnnx("int8"))] if packed and rest else []
+    return plans if held else []
 
 
 class _Reader:

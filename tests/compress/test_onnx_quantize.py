@@ -94,7 +94,7 @@ def score(bundle: Bundle, rows: int = 200) -> Scores:
         return runner.score(next(dataset().batches(rows)))
 
 
-PLANS = types(calib=True)
+PLANS = [(QuantizeOnnx(t),) for t in ("fp16", "int8", "int8-static", "int4")] + [(QuantizeOnnx("int4"), QuantizeOnnx("int8"))]
 NEAR = {"fp16": 0.002, "int8": 0.05, "int8-static": 0.08, "int4": 0.3}
 """Mean difference of logits allowed, as a share of their spread, for weights nobody trained."""
 SMALLER = {"fp16": 1.95, "int8": 3.5, "int8-static": 3, "int4": 3}
@@ -120,6 +120,20 @@ def test_a_row_scores_the_same_in_any_company(data_type: Any, bundles: dict[str,
     for bundle in bundles.values():
         after = QuantizeOnnx(data_type).apply(bundle, env)
         np.testing.assert_allclose(score(after, 1), score(after)[:1], rtol=1e-4, atol=1e-5)
+
+
+def test_which_plans_to_try(bundles: dict[str, Bundle], env: Env, tmp_path: Path) -> None:
+    """Each of them can be applied; int8 after int4 only where a convolution is left for it."""
+    assert types(bundles["text"].model, calib=True) == PLANS
+    ones = ", ".join(["1"] * 144 * 10)
+    dense = graph(tmp_path / "m.onnx", f"g (float[n, 144] pixels) => (float[n, 10] y) <float[144, 10] w = {{{ones}}}> {DENSE}")
+    found = types(dense.model, calib=False)
+    assert found == [(QuantizeOnnx("fp16"),), (QuantizeOnnx("int8"),), (QuantizeOnnx("int4"),)]
+    assert all(plan(each).apply(dense, env).bytes < dense.bytes for each in found)
+    assert types(Model(spec_of(DNN, columns=[]), {}), calib=True) == []
+
+
+DENSE = "{ y = MatMul(pixels, w) }"
 
 
 def nodes(bundle: Bundle) -> dict[str, str]:
