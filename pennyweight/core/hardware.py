@@ -194,10 +194,11 @@ OPTIONAL: tuple[tuple[str, tuple[str, ...], str, str], ...] = (
      "pip install --no-deps torchrec==1.8.0 fbgemm-gpu-cpu==1.8.0"),
     ("ray", ("ray",), "placing and restarting workers on a cluster", "pip install ray"),
     ("keras", ("keras",), "Keras 3 models on the torch backend", "pip install keras"),
+    ("tensorflow", ("tf2onnx",), "TensorFlow SavedModels, read through ONNX", "pip install tensorflow-cpu tf2onnx"),
     ("faiss", ("faiss-cpu",), "approximate search over millions of items", "pip install faiss-cpu"),
     ("usearch", ("usearch",), "approximate search over millions of items, small install", "pip install usearch"),
     ("torchao", ("torchao",), "quantized dense layers on a GPU", "pip install torchao"),
-    ("openvino", ("openvino", "nncf"), "a peer to compare int8 with", "pip install openvino nncf"),
+    ("openvino", ("openvino",), "export to OpenVINO, and a peer to compare int8 with", "pip install openvino"),
     ("valkey", ("valkey",), "events shared by several services, in Valkey or Redis", "pip install valkey"),
 )  # fmt: skip
 
