@@ -97,7 +97,7 @@ FUNCTIONS: Mapping[str, Callable[..., Any]] = {
     if _callable(path := f"{space}.{name}", found := getattr(module, name))
 }
 """What a graph may call, by name."""
-_NAMES = {id(f): name for name, f in reversed(list(FUNCTIONS.items()))}
+_NAMES: Mapping[int, str] = {id(f): name for name, f in reversed(list(FUNCTIONS.items()))}
 
 
 @functools.cache

@@ -1,8 +1,10 @@
 """A Keras 3 model on the torch backend as a Model: its own configuration is the spec, its dense layers are ``nn.Linear``.
 
 ``of(keras_model)`` gives a Model whose factory is ``restore`` and whose one argument is what Keras itself would save. Dense,
-Embedding, Flatten, Dropout, batch norm and the usual activations become PyTorch's own modules, so they compress and run
-like any other; every other layer runs as the Keras layer it is, with its weights in the state dict. A functional model's
+Embedding, convolution, pooling, Flatten, Reshape, Dropout, batch norm and the usual activations become PyTorch's own modules,
+so they compress and run like any other; every other layer runs as the Keras layer it is, with its weights in the state dict.
+Keras' images have their channels last and PyTorch's layers want them first: a convolution is turned on its way in and out,
+which copies nothing, and between two that follow one another in a sequential model not at all. A functional model's
 graph is read from its configuration, which is what Keras writes to disk, not from its private attributes. Keras' own
 ``quantize`` is the alternative: it saves the bytes of a table, but its dense layers hardly gain speed
 (keras-team/keras#21435), and it knows no sharing or pruning.
@@ -21,6 +23,7 @@ import os
 import sys
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -29,6 +32,7 @@ from torch import Tensor, nn
 from pennyweight.core.config import encode
 from pennyweight.core.errors import ConfigError, DeviceError
 from pennyweight.model.dense import Dense
+from pennyweight.model.graph import Enter
 from pennyweight.model.layers import key
 from pennyweight.model.spec import Model, Spec
 from pennyweight.model.tables import Table
@@ -70,6 +74,29 @@ def restore(config: Mapping[str, Any], logits: bool = False) -> nn.Module:
     return _converted(keras, model, logits)
 
 
+def read(path: str | os.PathLike[str]) -> Any:
+    """The Keras model in a ``.keras`` file, read in Keras' safe mode, which runs no code out of the file.
+
+    Raises:
+        DeviceError: Keras is not installed.
+        ConfigError: another backend than torch, no such file, or one that Keras cannot read or finds unsafe (a lambda layer).
+    """
+    keras, file = _keras(), Path(path)
+    if not file.is_file():
+        raise ConfigError(f"{file} is not there; give the file that model.save('name.keras') wrote")
+    try:
+        return keras.saving.load_model(file, compile=False, safe_mode=True)
+    except Exception as error:  # whatever Keras, zip or HDF5 raise for what they cannot read
+        reason = " ".join(str(error).split())[:200]
+        raise ConfigError(f"{file} cannot be read as a Keras model: {reason}") from error
+
+
+def probabilities(model: Any) -> bool:
+    """Whether the last thing a Keras model does is a softmax or a sigmoid, which ``of(..., logits=True)`` leaves out."""
+    keras = _keras()
+    return getattr(_final(keras, model), "activation", None) in (keras.activations.softmax, keras.activations.sigmoid)
+
+
 def _keras() -> Any:
     """Keras on the torch backend; where nobody has chosen a backend yet, torch is chosen."""
     if importlib.util.find_spec("keras") is None:
@@ -91,6 +118,12 @@ def _converted(keras: Any, model: Any, logits: bool) -> nn.Module:
         remedy = "give it an Input layer, or, if it is subclassed, name its class as the factory"
         raise ConfigError(f"Keras model {model.name!r} is not built: {remedy}")
     return _Conversion(keras, _last(keras, model) if logits else None).model(model)
+
+
+def entries(module: nn.Module) -> list[tuple[tuple[int | None, ...], str]]:
+    """Shape without the batch dimension and type of each input of a restored Keras model; nothing for another module."""
+    first = module.inputs() if isinstance(module, Graph) else list(module.children())[:1]
+    return [(entry.shape, str(entry.dtype)) for entry in first if isinstance(entry, Enter)]
 
 
 class _Ref(NamedTuple):
@@ -119,6 +152,10 @@ class Graph(nn.Module):
         self.layers = nn.ModuleDict({n: layer for n, layer in layers.items() if isinstance(layer, nn.Module)})
         self._operations = {n: op for n, op in layers.items() if not isinstance(op, nn.Module)}
         self._nodes, self._inputs, self._output = tuple(nodes), tuple(inputs), output
+
+    def inputs(self) -> list[nn.Module]:
+        """What each of forward's tensors enters by, in order."""
+        return [self.layers[name] for name in self._inputs]
 
     def forward(self, *given: Tensor) -> Tensor:
         """The model's one output, from one tensor for each of its inputs in order."""
@@ -158,20 +195,6 @@ class Foreign(nn.Module):
         return output
 
 
-class Enter(nn.Module):
-    """An input: cast to its type, with a last dimension of 1 where the model was given one and the column has none."""
-
-    def __init__(self, shape: Sequence[int | None], dtype: str) -> None:
-        super().__init__()
-        self.dims, self.one = len(shape), shape[-1] == 1
-        self.dtype: torch.dtype = getattr(torch, dtype)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """The tensor as the model's first layers expect it."""
-        x = x.to(self.dtype)
-        return x.unsqueeze(-1) if self.one and x.dim() == self.dims - 1 else x
-
-
 class Ids(nn.Module):
     """Whole numbers for a table; Keras lets them come as floats."""
 
@@ -180,12 +203,28 @@ class Ids(nn.Module):
         return x.long()
 
 
-class Flat(nn.Module):
-    """All but the first dimension as one."""
+class Shaped(nn.Module):
+    """All but the first dimension in another shape; -1 is what is left."""
+
+    def __init__(self, shape: Sequence[int]) -> None:
+        super().__init__()
+        self.shape = tuple(shape)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[B, n]."""
-        return x.reshape(len(x), -1)
+        """[B, *shape]."""
+        return x.reshape(x.shape[0], *self.shape)
+
+
+class Turned(nn.Module):
+    """Dimensions in another order: channels last to channels first, or back."""
+
+    def __init__(self, order: Sequence[int]) -> None:
+        super().__init__()
+        self.order = tuple(order)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The same numbers, uncopied."""
+        return x.permute(self.order)
 
 
 _ACTIVATIONS: Mapping[str, Any] = {
@@ -202,6 +241,21 @@ _ACTIVATIONS: Mapping[str, Any] = {
     "softmax": lambda: nn.Softmax(-1),
 }
 """Keras' activation functions and the module with the same formula at their defaults."""
+_POINTWISE = (*(kind for name, kind in _ACTIVATIONS.items() if name != "softmax"), nn.Dropout)
+"""Layers for which it does not matter where the channels are."""
+_CONVOLUTIONS: Mapping[str, Any] = {"Conv1D": nn.Conv1d, "Conv2D": nn.Conv2d}
+_POOLS: Mapping[str, Any] = {
+    "MaxPooling1D": nn.MaxPool1d,
+    "MaxPooling2D": nn.MaxPool2d,
+    "AveragePooling1D": nn.AvgPool1d,
+    "AveragePooling2D": nn.AvgPool2d,
+}
+_GLOBAL: Mapping[str, Any] = {
+    "GlobalMaxPooling1D": nn.AdaptiveMaxPool1d,
+    "GlobalMaxPooling2D": nn.AdaptiveMaxPool2d,
+    "GlobalAveragePooling1D": nn.AdaptiveAvgPool1d,
+    "GlobalAveragePooling2D": nn.AdaptiveAvgPool2d,
+}
 
 
 class _Conversion:
@@ -214,7 +268,11 @@ class _Conversion:
         """A sequential model as ``nn.Sequential``, a functional one as ``Graph``."""
         if isinstance(model, self.keras.Sequential):
             entry = model.inputs[0]
-            named = [(_first(entry), Enter(entry.shape, entry.dtype)), *((key(la.name), self.layer(la)) for la in model.layers)]
+            named = [
+                (_first(entry), _enter(entry.shape, entry.dtype)),
+                *((key(la.name), self.layer(la)) for la in model.layers),
+            ]
+            _straighten([module for _, module in named])
             return nn.Sequential(OrderedDict(named))
         config = model.get_config()
         if "input_layers" not in config:
@@ -233,7 +291,7 @@ class _Conversion:
         if isinstance(layer, self.keras.Model):
             return self.model(layer)
         if isinstance(layer, layers.InputLayer):
-            return Enter(layer.batch_shape, layer.dtype)
+            return _enter(layer.batch_shape, layer.dtype)
         if not isinstance(layer, layers.Layer):
             return layer
         if getattr(layer, "mask_zero", False) or isinstance(layer, layers.Masking):
@@ -255,14 +313,41 @@ class _Conversion:
             table.load_state_dict({"weight": layer.embeddings.value.detach().clone()}, assign=True)
             return nn.Sequential(OrderedDict(ids=Ids(), table=table))
         if kind is layers.Flatten and layer.data_format == "channels_last":
-            return Flat()
+            return Shaped((-1,))
+        if kind is layers.Reshape:
+            return Shaped(layer.target_shape)
         if kind is layers.Dropout and layer.noise_shape is None:
             return nn.Dropout(layer.rate)
         if kind is layers.Activation:
             return self.activation(layer) or nn.Identity()
-        if kind is layers.BatchNormalization and len(layer.get_build_config()["input_shape"]) == 2:
+        if kind is layers.BatchNormalization:
             return None if getattr(layer, "renorm", False) else _norm(layer)
-        return None
+        name = kind.__name__ if getattr(layers, kind.__name__, None) is kind else ""
+        if name in _CONVOLUTIONS:
+            return self.convolution(layer, _CONVOLUTIONS[name])
+        if name in _POOLS:
+            return _pool(layer, _POOLS[name])
+        return _global(layer, _GLOBAL[name](1)) if name in _GLOBAL else None
+
+    def convolution(self, layer: Any, kind: Any) -> nn.Module | None:
+        """A convolution, with zeros in front of it where Keras puts more of them at one end than at the other."""
+        pads = _pads(layer, layer.kernel_size, layer.dilation_rate)
+        if pads is None:
+            return None
+        even = all(a == b for a, b in pads)
+        kernel, bias = layer.kernel.value.detach(), layer.bias
+        *_, inputs, outputs = kernel.shape
+        sizes = {"stride": layer.strides, "dilation": layer.dilation_rate, "groups": layer.groups}
+        padding = tuple(a for a, _ in pads) if even else 0
+        conv = kind(inputs * layer.groups, outputs, layer.kernel_size, padding=padding, bias=bias is not None, **sizes)
+        rank = kernel.dim()
+        state = {"weight": kernel.permute(rank - 1, rank - 2, *range(rank - 2)).contiguous()}
+        conv.load_state_dict(state if bias is None else {**state, "bias": bias.value.detach().clone()}, assign=True)
+        zeros = {} if even else {"zeros": (nn.ZeroPad1d if rank == 3 else nn.ZeroPad2d)(_flat(pads))}
+        activation = self.activation(layer)
+        if activation is None or isinstance(activation, _POINTWISE):
+            return _turned(layer, rank, {**zeros, "conv": conv, **({} if activation is None else {"activation": activation})})
+        return nn.Sequential(OrderedDict(conv=_turned(layer, rank, {**zeros, "conv": conv}), activation=activation))
 
     def activation(self, layer: Any) -> nn.Module | None:
         """The activation behind a layer, None for none."""
@@ -299,22 +384,104 @@ def _linear(layer: Any) -> nn.Module:
     return linear
 
 
-def _norm(layer: Any) -> nn.Module:
-    norm = nn.BatchNorm1d(layer.moving_mean.shape[0], layer.epsilon, round(1 - layer.momentum, 12))
+def _norm(layer: Any) -> nn.Module | None:
+    """A batch norm over the last of two to four dimensions."""
+    rank = len(layer.get_build_config()["input_shape"])
+    if rank not in (2, 3, 4) or layer.axis not in (-1, rank - 1):
+        return None
+    kind = nn.BatchNorm2d if rank == 4 else nn.BatchNorm1d
+    norm = kind(layer.moving_mean.shape[0], layer.epsilon, round(1 - layer.momentum, 12))
     ours, theirs = ("weight", "bias", "running_mean", "running_var"), ("gamma", "beta", "moving_mean", "moving_variance")
     found = ((n, getattr(layer, k)) for n, k in zip(ours, theirs, strict=True))
     norm.load_state_dict({n: v.value.detach().clone() for n, v in found if v is not None}, strict=False)
-    return norm
+    return norm if rank == 2 else _turned(layer, rank, {"norm": norm})
 
 
-def _last(keras: Any, model: Any) -> Any:
-    """The layer whose softmax or sigmoid is the last thing a model does."""
+def _pool(layer: Any, kind: Any) -> nn.Module | None:
+    """A pooling layer; where Keras pads one end more than the other it repeats the border, as its torch backend does."""
+    pads = _pads(layer, layer.pool_size, (1,) * len(layer.pool_size))
+    if pads is None:
+        return None
+    even, rank = all(a == b for a, b in pads), len(pads) + 2
+    counted = {} if issubclass(kind, (nn.MaxPool1d, nn.MaxPool2d)) else {"count_include_pad": False}
+    pool = kind(layer.pool_size, layer.strides, tuple(a for a, _ in pads) if even else 0, **counted)
+    border = {} if even else {"border": (nn.ReplicationPad1d if rank == 3 else nn.ReplicationPad2d)(_flat(pads))}
+    return _turned(layer, rank, {**border, "pool": pool})
+
+
+def _global(layer: Any, pool: nn.Module) -> nn.Module:
+    rank = layer.input_spec.ndim
+    if layer.keepdims:
+        return _turned(layer, rank, {"pool": pool})
+    turned = _turned(layer, rank, {"pool": pool, "flat": nn.Flatten(1)})
+    if hasattr(turned, "last"):
+        del turned.last
+    return turned
+
+
+def _pads(layer: Any, kernel: Sequence[int], dilation: Sequence[int]) -> list[tuple[int, int]] | None:
+    """How far each dimension is extended before and after; None if that depends on a size that is not fixed."""
+    spans = [d * (k - 1) for k, d in zip(kernel, dilation, strict=True)]
+    if layer.padding != "same":
+        return [(span if layer.padding == "causal" else 0, 0) for span in spans]
+    totals = []
+    for span, stride, size in zip(spans, layer.strides, _sizes(layer, len(spans)), strict=True):
+        if stride > 1 and size is None:
+            return None
+        totals.append(span if size is None or stride == 1 else max(0, (-(-size // stride) - 1) * stride + span + 1 - size))
+    return [(total // 2, total - total // 2) for total in totals]
+
+
+def _sizes(layer: Any, count: int) -> Sequence[int | None]:
+    """The dimensions a layer goes over; None for those not fixed, as for a layer called on several inputs."""
+    try:
+        shape = layer.input.shape
+    except (AttributeError, ValueError):
+        return (None,) * count
+    return cast(Sequence[int | None], shape[1:-1] if layer.data_format == "channels_last" else shape[2:])
+
+
+def _flat(pads: Sequence[tuple[int, int]]) -> Any:
+    """As PyTorch's padding layers take it: the last dimension first."""
+    return tuple(n for pair in reversed(pads) for n in pair)
+
+
+def _turned(layer: Any, rank: int, parts: Mapping[str, nn.Module]) -> nn.Sequential:
+    """Parts that want channels first, for a layer that may have them last."""
+    if getattr(layer, "data_format", "channels_last") == "channels_first":
+        return nn.Sequential(OrderedDict(parts))
+    first, last = (0, rank - 1, *range(1, rank - 1)), (0, *range(2, rank), 1)
+    return nn.Sequential(OrderedDict(first=Turned(first), **parts, last=Turned(last)))
+
+
+def _straighten(modules: Sequence[nn.Module]) -> None:
+    """Take out, in place, turns that the next layer would turn back."""
+    before: nn.Module | None = None
+    for module in modules:
+        if before is not None and isinstance(getattr(module, "first", None), Turned):
+            del before.last, module.first
+        if isinstance(getattr(module, "last", None), Turned):
+            before = module
+        elif not isinstance(module, _POINTWISE):
+            before = None
+
+
+def _enter(shape: Sequence[int | None], dtype: str) -> Enter:
+    return Enter(tuple(shape[1:]), getattr(torch, dtype))
+
+
+def _final(keras: Any, model: Any) -> Any:
+    """The layer whose output is the model's."""
     if isinstance(model, keras.Sequential):
         layer = model.layers[-1]
     else:
         layer = next(op for op in model.operations if key(op.name) == _output(model.get_config()).name)
-    if isinstance(layer, keras.Model):
-        return _last(keras, layer)
+    return _final(keras, layer) if isinstance(layer, keras.Model) else layer
+
+
+def _last(keras: Any, model: Any) -> Any:
+    """The layer whose softmax or sigmoid is the last thing a model does."""
+    layer = _final(keras, model)
     if getattr(layer, "activation", None) not in (keras.activations.softmax, keras.activations.sigmoid):
         raise ConfigError(f"the last layer of {model.name!r}, {layer.name!r}, ends in no softmax or sigmoid; drop logits=True")
     return layer

@@ -165,6 +165,136 @@ def test_wrong_columns_logits_and_configurations_are_refused() -> None:
         bridge.restore({"module": "nowhere", "class_name": "Nothing", "config": {}, "registered_name": None})
 
 
+IMAGE, LINE = (9, 8, 6), (11, 6)
+SPATIAL = [
+    (IMAGE, lambda: layers.Conv2D(8, 3, activation="relu")),
+    (IMAGE, lambda: layers.Conv2D(8, (3, 2), padding="same", use_bias=False)),
+    (IMAGE, lambda: layers.Conv2D(8, 3, strides=2, padding="same", activation="softmax")),
+    (IMAGE, lambda: layers.Conv2D(8, 4, strides=(2, 3), padding="same")),
+    (IMAGE, lambda: layers.Conv2D(8, 3, dilation_rate=2, groups=2, activation=keras.activations.hard_sigmoid)),
+    (IMAGE, lambda: layers.Conv2D(8, 3, data_format="channels_first")),
+    (LINE, lambda: layers.Conv1D(8, 3, activation="gelu")),
+    (LINE, lambda: layers.Conv1D(8, 2, padding="same")),
+    (LINE, lambda: layers.Conv1D(8, 3, strides=2, padding="same")),
+    (LINE, lambda: layers.Conv1D(8, 3, padding="causal", dilation_rate=2)),
+    ((None, 6), lambda: layers.Conv1D(8, 3, padding="same")),
+    (IMAGE, lambda: layers.MaxPooling2D()),
+    (IMAGE, lambda: layers.MaxPooling2D(3, strides=2, padding="same")),
+    (IMAGE, lambda: layers.MaxPooling2D((2, 3), padding="same", data_format="channels_first")),
+    (IMAGE, lambda: layers.AveragePooling2D(3, strides=1, padding="same")),
+    (IMAGE, lambda: layers.AveragePooling2D(2, padding="same")),
+    (LINE, lambda: layers.MaxPooling1D(3, padding="same")),
+    (LINE, lambda: layers.AveragePooling1D(2)),
+    (LINE, lambda: layers.AveragePooling1D(2, padding="same")),
+    (IMAGE, lambda: layers.GlobalMaxPooling2D()),
+    (IMAGE, lambda: layers.GlobalAveragePooling2D(keepdims=True)),
+    (IMAGE, lambda: layers.GlobalAveragePooling2D(data_format="channels_first")),
+    (LINE, lambda: layers.GlobalMaxPooling1D()),
+    (LINE, lambda: layers.GlobalAveragePooling1D()),
+    (IMAGE, lambda: layers.BatchNormalization()),
+    (LINE, lambda: layers.BatchNormalization()),
+    (IMAGE, lambda: layers.Reshape((-1, 6))),
+]
+
+
+@pytest.mark.parametrize(("shape", "made"), SPATIAL)
+def test_layers_over_images_and_sequences_become_pytorchs_own(shape: tuple[int | None, ...], made: Any) -> None:
+    entry = keras.Input(shape)
+    model = keras.Model(entry, made()(entry))
+    stirred(model)
+    batch = {"x": torch.rand(32, *(n or 10 for n in shape), generator=torch.Generator().manual_seed(0))}
+    ours = bridge.of(model, ["x"])
+    got = ours.build()(batch["x"])
+    with torch.no_grad():
+        torch.testing.assert_close(got, model(batch["x"], training=False), atol=1e-5, rtol=1e-5)
+    foreign = [m for m in ours.build().modules() if isinstance(m, bridge.Foreign)]
+    assert all(m._layer[0].name.startswith("activation") for m in foreign)
+
+
+def stirred(model: Any) -> None:
+    """Weights and batch norm statistics that are not those of a new layer."""
+    g = np.random.default_rng(0)
+    for weight in model.weights:
+        if "float" in weight.dtype:
+            weight.assign(weight + g.uniform(0, 0.1, weight.shape).astype("float32"))
+
+
+def pictures() -> tuple[Any, torch.Tensor]:
+    inner = [
+        layers.Conv2D(16, 3, padding="same", name="second"),
+        layers.BatchNormalization(),
+        layers.Activation("relu"),
+        layers.Dropout(0.1),
+    ]
+    front = [keras.Input((12, 12, 1)), layers.Conv2D(8, 3, activation="relu", name="front"), layers.MaxPooling2D()]
+    back = [layers.MaxPooling2D(), layers.Flatten(), layers.Dense(32, activation="relu"), layers.Dense(10)]
+    return keras.Sequential([*front, *inner, *back]), torch.rand(32, 12, 12)
+
+
+def words() -> tuple[Any, torch.Tensor]:
+    head = [layers.GlobalMaxPooling1D(), layers.Dense(16, activation="relu"), layers.Dense(1)]
+    body = [keras.Input((20,), dtype="int32"), layers.Embedding(200, 16), layers.Conv1D(24, 3, activation="relu", name="conv")]
+    return keras.Sequential([*body, *head]), torch.randint(0, 200, (32, 20))
+
+
+@pytest.mark.parametrize("made", [pictures, words])
+def test_small_nets_of_convolutions(made: Any, tmp_path: Path) -> None:
+    model, x = made()
+    stirred(model)
+    ours = bridge.of(model, ["x"])
+    with torch.no_grad():
+        want = model(x.unsqueeze(-1) if made is pictures else x, training=False).squeeze(-1)
+    torch.testing.assert_close(score(ours, {"x": x.flatten(1)}), want, atol=1e-5, rtol=1e-5)
+    module = ours.build()
+    kinds = [type(m).__name__ for m in module.modules()]
+    turns = kinds.count("Turned")
+    convolutions = [p for p, m in module.named_modules() if isinstance(m, (torch.nn.Conv1d, torch.nn.Conv2d))]
+    if made is pictures:
+        assert turns == 2 and convolutions == ["front.conv", "second.conv"] and "BatchNorm2d" in kinds
+    else:
+        assert turns == 1 and convolutions == ["conv.conv"]
+        quantized = QuantizeTables("int8").apply(Bundle(ours), Env())
+        back = load(save(quantized, tmp_path / "bundle"))
+        torch.testing.assert_close(score(back.model, {"x": x}), want, atol=0.05, rtol=0.05)
+
+
+saves = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy:DeprecationWarning")  # Keras' own
+
+
+def test_a_convolution_called_at_two_sizes_runs() -> None:
+    small, large = keras.Input((6, 6, 2)), keras.Input((9, 9, 2))
+    even, odd = layers.Conv2D(4, 3, padding="same"), layers.Conv2D(4, 3, strides=2, padding="same")
+    pooled = [layers.GlobalAveragePooling2D()(odd(even(x))) for x in (small, large)]
+    model = keras.Model([small, large], layers.Add()(pooled))
+    ours, given = bridge.of(model, ["small", "large"]), [torch.rand(4, 6, 6, 2), torch.rand(4, 9, 9, 2)]
+    with torch.no_grad():
+        torch.testing.assert_close(ours.build()(*given), model(given), atol=1e-6, rtol=1e-5)
+    kinds = [type(m) for m in ours.build().modules()]
+    assert kinds.count(torch.nn.Conv2d) == 1, "only the one whose padding is the same at any size"
+
+
+@saves
+def test_a_file_is_read(tmp_path: Path) -> None:
+    model, x = pictures()
+    model.save(tmp_path / "net.keras")
+    again = bridge.read(tmp_path / "net.keras")
+    batch = {"x": x.flatten(1)}
+    assert torch.equal(score(bridge.of(again, ["x"]), batch), score(bridge.of(model, ["x"]), batch))
+
+
+@saves
+def test_files_that_are_not_there_not_keras_or_not_safe_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"none\.keras is not there"):
+        bridge.read(tmp_path / "none.keras")
+    (tmp_path / "text.keras").write_text("no archive")
+    with pytest.raises(ConfigError, match=r"text\.keras cannot be read as a Keras model: "):
+        bridge.read(tmp_path / "text.keras")
+    lambdas = keras.Sequential([keras.Input((3,)), layers.Lambda(lambda x: x + 1)])
+    lambdas.save(tmp_path / "lambda.keras")
+    with pytest.raises(ConfigError, match=r"lambda\.keras cannot be read as a Keras model: .*lambda"):
+        bridge.read(tmp_path / "lambda.keras")
+
+
 def test_no_keras_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(DeviceError, match=r"pip install pennyweight\[keras\]"):
