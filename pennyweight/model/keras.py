@@ -263,6 +263,8 @@ class _Conversion:
 
     def __init__(self, keras: Any, bare: Any = None) -> None:
         self.keras, self.bare = keras, bare
+        self.shared: set[str] = set()
+        """Layers called more than once, whose input may have a different size each time."""
 
     def model(self, model: Any) -> nn.Module:
         """A sequential model as ``nn.Sequential``, a functional one as ``Graph``."""
@@ -282,6 +284,7 @@ class _Conversion:
             for layer in config["layers"]
             for at, node in enumerate(layer["inbound_nodes"] or [{"args": [], "kwargs": {}}])
         ]
+        self.shared |= {key(layer["name"]) for layer in config["layers"] if len(layer["inbound_nodes"]) > 1}
         layers = {key(op.name): self.layer(op) for op in model.operations}
         return Graph(layers, _ordered(nodes), [_first(t) for t in model.inputs], _output(config))
 
@@ -326,12 +329,12 @@ class _Conversion:
         if name in _CONVOLUTIONS:
             return self.convolution(layer, _CONVOLUTIONS[name])
         if name in _POOLS:
-            return _pool(layer, _POOLS[name])
+            return self.pool(layer, _POOLS[name])
         return _global(layer, _GLOBAL[name](1)) if name in _GLOBAL else None
 
     def convolution(self, layer: Any, kind: Any) -> nn.Module | None:
         """A convolution, with zeros in front of it where Keras puts more of them at one end than at the other."""
-        pads = _pads(layer, layer.kernel_size, layer.dilation_rate)
+        pads = self.pads(layer, layer.kernel_size, layer.dilation_rate)
         if pads is None:
             return None
         even = all(a == b for a, b in pads)
@@ -348,6 +351,31 @@ class _Conversion:
         if activation is None or isinstance(activation, _POINTWISE):
             return _turned(layer, rank, {**zeros, "conv": conv, **({} if activation is None else {"activation": activation})})
         return nn.Sequential(OrderedDict(conv=_turned(layer, rank, {**zeros, "conv": conv}), activation=activation))
+
+    def pool(self, layer: Any, kind: Any) -> nn.Module | None:
+        """A pooling layer; where Keras pads one end more than the other it repeats the border, as its torch backend does."""
+        pads = self.pads(layer, layer.pool_size, (1,) * len(layer.pool_size))
+        if pads is None:
+            return None
+        even, rank = all(a == b for a, b in pads), len(pads) + 2
+        counted = {} if issubclass(kind, (nn.MaxPool1d, nn.MaxPool2d)) else {"count_include_pad": False}
+        pool = kind(layer.pool_size, layer.strides, tuple(a for a, _ in pads) if even else 0, **counted)
+        border = {} if even else {"border": (nn.ReplicationPad1d if rank == 3 else nn.ReplicationPad2d)(_flat(pads))}
+        return _turned(layer, rank, {**border, "pool": pool})
+
+    def pads(self, layer: Any, kernel: Sequence[int], dilation: Sequence[int]) -> list[tuple[int, int]] | None:
+        """How far each dimension is extended before and after; None if that depends on a size that is not fixed."""
+        spans = [d * (k - 1) for k, d in zip(kernel, dilation, strict=True)]
+        if layer.padding != "same":
+            return [(span if layer.padding == "causal" else 0, 0) for span in spans]
+        shape = layer.input.shape
+        sizes = shape[1:-1] if layer.data_format == "channels_last" else shape[2:]
+        totals = []
+        for span, stride, size in zip(spans, layer.strides, sizes, strict=True):
+            if stride > 1 and (size is None or key(layer.name) in self.shared):
+                return None
+            totals.append(span if stride == 1 else max(0, (-(-size // stride) - 1) * stride + span + 1 - size))
+        return [(total // 2, total - total // 2) for total in totals]
 
     def activation(self, layer: Any) -> nn.Module | None:
         """The activation behind a layer, None for none."""
@@ -397,18 +425,6 @@ def _norm(layer: Any) -> nn.Module | None:
     return norm if rank == 2 else _turned(layer, rank, {"norm": norm})
 
 
-def _pool(layer: Any, kind: Any) -> nn.Module | None:
-    """A pooling layer; where Keras pads one end more than the other it repeats the border, as its torch backend does."""
-    pads = _pads(layer, layer.pool_size, (1,) * len(layer.pool_size))
-    if pads is None:
-        return None
-    even, rank = all(a == b for a, b in pads), len(pads) + 2
-    counted = {} if issubclass(kind, (nn.MaxPool1d, nn.MaxPool2d)) else {"count_include_pad": False}
-    pool = kind(layer.pool_size, layer.strides, tuple(a for a, _ in pads) if even else 0, **counted)
-    border = {} if even else {"border": (nn.ReplicationPad1d if rank == 3 else nn.ReplicationPad2d)(_flat(pads))}
-    return _turned(layer, rank, {**border, "pool": pool})
-
-
 def _global(layer: Any, pool: nn.Module) -> nn.Module:
     rank = layer.input_spec.ndim
     if layer.keepdims:
@@ -417,28 +433,6 @@ def _global(layer: Any, pool: nn.Module) -> nn.Module:
     if hasattr(turned, "last"):
         del turned.last
     return turned
-
-
-def _pads(layer: Any, kernel: Sequence[int], dilation: Sequence[int]) -> list[tuple[int, int]] | None:
-    """How far each dimension is extended before and after; None if that depends on a size that is not fixed."""
-    spans = [d * (k - 1) for k, d in zip(kernel, dilation, strict=True)]
-    if layer.padding != "same":
-        return [(span if layer.padding == "causal" else 0, 0) for span in spans]
-    totals = []
-    for span, stride, size in zip(spans, layer.strides, _sizes(layer, len(spans)), strict=True):
-        if stride > 1 and size is None:
-            return None
-        totals.append(span if size is None or stride == 1 else max(0, (-(-size // stride) - 1) * stride + span + 1 - size))
-    return [(total // 2, total - total // 2) for total in totals]
-
-
-def _sizes(layer: Any, count: int) -> Sequence[int | None]:
-    """The dimensions a layer goes over; None for those not fixed, as for a layer called on several inputs."""
-    try:
-        shape = layer.input.shape
-    except (AttributeError, ValueError):
-        return (None,) * count
-    return cast(Sequence[int | None], shape[1:-1] if layer.data_format == "channels_last" else shape[2:])
 
 
 def _flat(pads: Sequence[tuple[int, int]]) -> Any:
