@@ -1,15 +1,18 @@
-"""Narrower layers: neurons that matter little are cut out, and norms are folded into their neighbours.
+"""Narrower layers: neurons and channels that matter little are cut out, and norms are folded into their neighbours.
 
-Whole neurons go, so that what is left is a smaller dense layer that runs faster everywhere. Zeroing single weights is the
-known alternative: 90 % of them zero is neither smaller nor faster on a CPU (measured: 1.0 times). Torch-Pruning finds the
-coupled layers of any graph; recommenders' dense parts are chains, for which a page is enough. Widths are rounded to a
-multiple of 16, since odd ones can be slower than the layer they replace (VainF/Torch-Pruning issue 38).
+Whole neurons (or channels of a convolution) go, so that what is left is a smaller layer that runs faster everywhere. Zeroing
+single weights is the known alternative: 90 % of them zero is neither smaller nor faster on a CPU (measured: 1.0 times). Which
+of them can only go together, ``couple`` finds by tracing the model; one that takes a whole batch by name, as recommenders do,
+is not traced, and there the chains in an ``nn.Sequential`` are cut. Widths are rounded to a multiple of 16, since odd ones can
+be slower than the layer they replace (VainF/Torch-Pruning issue 38).
 
 Neurons are taken out one at a time, each time the one whose loss the others can best make up for: least squares on
 calibration rows says what the next layer's weights become without it and what that costs (optimal brain surgeon, Hassibi &
 Stork 1993, on whole neurons). On MovieLens this left .016 AUC of loss before any training at a quarter of the neurons,
 where the largest activations with the same least squares left .026, and weights alone .025. It costs the cube of the width,
-a tenth of a second at 256. Distillation brings most of the rest back. Without data, the size of weights must do.
+a tenth of a second at 256. A convolution that reads is a dense layer over its patches, and a channel is then a block of inputs,
+as it is behind a flatten; above 4,096 inputs the sizes of weights decide. Distillation brings most of the rest back. Without
+data, the size of weights must do.
 """
 
 from __future__ import annotations
@@ -19,13 +22,16 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, Literal, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pennyweight.compress.couple import POINTWISE_LAYERS, Group, Member, groups, runs
 from pennyweight.compress.rewrite import Change, chosen, finite, rewrite, sequences
 from pennyweight.core.config import named
 from pennyweight.core.errors import ConfigError, PlanError
 from pennyweight.data.dataset import Dataset
 from pennyweight.model.bundle import Bundle
+from pennyweight.model.conv import Conv
 from pennyweight.model.dense import Dense, Identity, Norm
 from pennyweight.model.layers import Dropout
 from pennyweight.model.spec import Layer, call, replace
@@ -34,11 +40,11 @@ from pennyweight.model.transform import Env, Transform
 ROWS = 4096
 """Calibration rows, and rows of a layer's input, that scores and least squares use at most."""
 
-_BETWEEN = (
-    *(nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.ELU, nn.SELU, nn.CELU, nn.GELU, nn.SiLU, nn.Mish, nn.Sigmoid, nn.Tanh),
-    *(nn.Softplus, nn.Hardswish, nn.Hardtanh, nn.Hardsigmoid, nn.Dropout, Dropout, nn.Identity),
-)
-"""Layers that treat each number on its own, so that neurons may go."""
+WIDE = 4096
+"""Inputs of a layer above which it is not solved anew."""
+
+IMAGES = 256
+"""Rows scored at a time where there are convolutions, whose activations are large."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,10 +57,11 @@ class Chain:
     last: str
     width: int
 
-    @property
-    def paths(self) -> tuple[str, ...]:
-        """All its layers that hold tensors."""
-        return (self.first, *self.norms, self.last)
+    def group(self) -> Group:
+        """The same as outputs that are cut together."""
+        slots = tuple(range(self.width))
+        between = tuple(Member(path, slots) for path in self.norms)
+        return Group((Member(self.first, slots),), between, (Member(self.last, slots),), self.width)
 
 
 def chains(module: nn.Module) -> list[Chain]:
@@ -76,14 +83,28 @@ def _chains(run: Sequence[tuple[str, nn.Module]]) -> Iterator[Chain]:
             first, norms, width = path, (), cast(nn.Linear, layer).out_features
         elif _norm(layer):
             norms = (*norms, path)
-        elif type(layer) not in _BETWEEN:
+        elif type(layer) not in POINTWISE_LAYERS:
             first = ""
+
+
+def hidden(module: nn.Module, inputs: Sequence[str], rows: Dataset | None) -> list[Group]:
+    """Hidden layers that can be made narrower, with all that must change with them.
+
+    A module that takes its inputs one by one is traced on two of ``rows``; without rows, or where it cannot be traced, its
+    ``chains`` are what there is.
+    """
+    if inputs and rows is not None and len(rows):
+        batch = next(iter(rows.head(2).batches(2)))
+        traced = groups(module, [batch[name] for name in inputs])
+        if traced is not None:
+            return traced
+    return [chain.group() for chain in chains(module)]
 
 
 @named("prune-neurons")
 @dataclasses.dataclass(frozen=True)
 class PruneNeurons(Transform):
-    """Hidden layers of dense chains to fewer neurons."""
+    """Hidden layers to fewer neurons, convolutions to fewer channels."""
 
     family: ClassVar[Literal["compress"]] = "compress"
     stage: ClassVar[Literal["structure"]] = "structure"
@@ -110,24 +131,29 @@ class PruneNeurons(Transform):
 
     def change(self, bundle: Bundle, env: Env) -> Bundle:
         """The bundle with its hidden layers cut."""
-        module = bundle.model.build(env.allow)
-        found = [c for c in chains(module) if chosen(c.first, self.only, self.skip)]
-        if not found:
-            raise PlanError("no hidden layer to cut: Linear, activation, Linear in an nn.Sequential, not yet quantized")
-        cuts = [(c, w) for c, w in zip(found, self._widths(found), strict=True) if w < c.width]
-        if not cuts:
-            have = ", ".join(f"{c.first} ({c.width})" for c in found)
-            raise PlanError(f"no layer would get narrower than it is: {have}; keep fewer or round to a smaller multiple")
-        for chain, _ in cuts:
-            for path in (chain.first, chain.last):
-                finite(path, cast(nn.Linear, module.get_submodule(path)).weight)
+        module, inputs = bundle.model.build(env.allow), bundle.model.spec.inputs
         rows = self._rows(env)
-        before = {} if rows is None else _record(module, [c.last for c, _ in cuts], rows, bundle.model.spec.inputs)
-        for chain, width in cuts:
-            now = {} if rows is None else _record(module, [chain.last], rows, bundle.model.spec.inputs)
-            seen = (now[chain.last][0], before[chain.last][1]) if chain.last in now else None
-            _cut(module, chain, width, seen)
-        return bundle.replace(model=rewrite(bundle.model, dict(_changes(module, [p for c, _ in cuts for p in c.paths]))))
+        found = [g for g in hidden(module, inputs, env.calib or env.train) if self._chosen(g)]
+        if not found:
+            raise PlanError(
+                "no hidden layer to cut: one whose outputs only dense layers and convolutions read, through operations "
+                "that treat each on its own, not yet quantized"
+            )
+        cuts = [(g, w) for g, w in zip(found, self._widths(found), strict=True) if w < g.width]
+        if not cuts:
+            have = ", ".join(f"{g.name} ({g.width})" for g in found)
+            raise PlanError(f"no layer would get narrower than it is: {have}; keep fewer or round to a smaller multiple")
+        touched = dict.fromkeys(p for g, _ in cuts for p in g.paths)
+        readers = list(dict.fromkeys(m.path for g, _ in cuts for m in g.readers))
+        for path in dict.fromkeys(m.path for g, _ in cuts for m in (*g.writers, *g.readers)):
+            finite(path, cast(nn.Linear, module.get_submodule(path)).weight)
+        before = {} if rows is None else _record(module, readers, rows, inputs)
+        while cuts:
+            (group, width), *cuts = cuts
+            now = {} if rows is None else _record(module, [m.path for m in group.readers], rows, inputs)
+            kept = _cut(module, group, width, {path: (now[path][0], before[path][1]) for path in now if path in before})
+            cuts = [(g.without(group, kept), w) for g, w in cuts]
+        return bundle.replace(model=rewrite(bundle.model, dict(_changes(module, touched))))
 
     def sketch(self) -> PruneNeurons:
         """Neurons chosen by their weights: as many of them."""
@@ -139,15 +165,20 @@ class PruneNeurons(Transform):
             return f"hidden layers cut to {', '.join(map(str, self.widths))} neurons"
         return f"hidden layers cut to {self.keep:.0%} of their neurons"
 
-    def _widths(self, found: Sequence[Chain]) -> Sequence[int]:
+    def _chosen(self, group: Group) -> bool:
+        """Whether one of its layers is among ``only``, and none among ``skip``."""
+        writers = [m.path for m in group.writers]
+        return any(chosen(p, self.only, ()) for p in writers) and all(chosen(p, (), self.skip) for p in writers)
+
+    def _widths(self, found: Sequence[Group]) -> Sequence[int]:
         if not self.widths:
-            return [min(c.width, max(1, round(self.keep * c.width / self.multiple)) * self.multiple) for c in found]
-        have = ", ".join(f"{c.first} ({c.width})" for c in found)
+            return [min(g.width, max(1, round(self.keep * g.width / self.multiple)) * self.multiple) for g in found]
+        have = ", ".join(f"{g.name} ({g.width})" for g in found)
         if len(self.widths) != len(found):
             raise PlanError(f"{len(self.widths)} widths for {len(found)} hidden layers: {have}")
-        for chain, width in zip(found, self.widths, strict=True):
-            if width > chain.width:
-                raise PlanError(f"{chain.first} has {chain.width} neurons, {width} were asked for; layers are: {have}")
+        for group, width in zip(found, self.widths, strict=True):
+            if width > group.width:
+                raise PlanError(f"{group.name} has {group.width} neurons, {width} were asked for; layers are: {have}")
         return self.widths
 
     def _rows(self, env: Env) -> Dataset | None:
@@ -160,77 +191,196 @@ class PruneNeurons(Transform):
 
 
 def _record(module: nn.Module, paths: Sequence[str], rows: Dataset, inputs: Sequence[str]) -> dict[str, tuple[Tensor, Tensor]]:
-    """Inputs [n, in] and outputs [n, out] of the dense layers at ``paths`` while the module scores rows."""
-    seen: dict[str, tuple[Tensor, Tensor]] = {}
+    """Inputs [n, in] and outputs [n, out] of layers while the module scores rows; what a convolution reads is patches."""
+    seen: dict[str, list[tuple[Tensor, Tensor]]] = {}
+    size = IMAGES if any(Conv.of(layer) for layer in module.modules()) else max(1, len(rows))
+    share = -(-ROWS // max(1, -(-len(rows) // size)))
 
     def recorder(path: str) -> Any:
-        def record(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-            seen[path] = (args[0].flatten(0, -2)[:ROWS].clone(), output.flatten(0, -2)[:ROWS].clone())
+        def record(layer: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+            seen.setdefault(path, []).append(_matrices(layer, args[0], output, share))
 
         return record
 
-    hooks = [module.get_submodule(path).register_forward_hook(recorder(path)) for path in paths]
+    narrow = [path for path in paths if _rows_of(module.get_submodule(path)).shape[1] <= WIDE]
+    hooks = [module.get_submodule(path).register_forward_hook(recorder(path)) for path in narrow]
     try:
         with torch.no_grad():
-            call(module, next(iter(rows.batches(len(rows)))), inputs)
+            for batch in rows.batches(size):
+                call(module, batch, inputs)
     finally:
         for hook in hooks:
             hook.remove()
-    return seen
+    return {
+        path: (torch.cat([x for x, _ in parts])[:ROWS], torch.cat([y for _, y in parts])[:ROWS]) for path, parts in seen.items()
+    }
 
 
-def _cut(module: nn.Module, chain: Chain, width: int, seen: tuple[Tensor, Tensor] | None) -> None:
-    """Cut a hidden layer of a module in place; ``seen`` is what reaches the next layer now and what that gave at first."""
-    first, last = (cast(nn.Linear, module.get_submodule(p)) for p in (chain.first, chain.last))
-    norms = [cast(nn.BatchNorm1d, module.get_submodule(p)) for p in chain.norms]
-    if seen is None:
-        kept = (_size(first, norms) * last.weight.norm(dim=0)).topk(width).indices.sort().values
-        after = {n: t[:, kept] if t.dim() == 2 else t for n, t in last.state_dict().items()}
+def _matrices(layer: nn.Module, x: Tensor, y: Tensor, most: int) -> tuple[Tensor, Tensor]:
+    """What a layer read and gave as matrices of at most so many rows; a convolution's are patches from all over the images."""
+    conv = Conv.of(layer)
+    if conv is None:
+        return x.flatten(0, -2)[:most].clone(), y.flatten(0, -2)[:most].clone()
+    images = min(len(x), -(-4 * most // y[0, 0].numel()))
+    at = torch.linspace(0, len(x) - 1, images).long()
+    flat = (1,) if conv.dims == 1 else ()
+    x = x[at].unsqueeze(2) if flat else x[at]
+    none = (0,) if flat else ()
+    sizes = ((*flat, *conv.kernel), (*flat, *conv.dilation), (*none, *conv.padding), (*flat, *conv.stride))
+    patches, given = F.unfold(x, *sizes).transpose(1, 2).flatten(0, 1), y[at].flatten(2).transpose(1, 2).flatten(0, 1)
+    step = max(1, len(patches) // most)
+    return patches[::step][:most].clone(), given[::step][:most].clone()
+
+
+def _rows_of(layer: nn.Module) -> Tensor:
+    """The weights of a dense layer or convolution as a matrix, a row an output."""
+    return cast(Tensor, layer.weight).detach().flatten(1)
+
+
+def _cut(module: nn.Module, group: Group, width: int, seen: Mapping[str, tuple[Tensor, Tensor]]) -> Tensor:
+    """Cut a group of a module in place; which of its numbers were kept, int64 [width].
+
+    ``seen`` is what reaches each layer that reads now, and what that gave at first; where one is missing, weights decide.
+    """
+    layers = {m.path: module.get_submodule(m.path) for m in group.readers}
+    slots = {m.path: _columns(layers[m.path], m) for m in group.readers}
+    if seen.keys() == layers.keys() and all(map(_even, slots.values())):
+        readers = [Reader(*seen[p], _rows_of(la), cast("Tensor | None", la.bias), slots[p]) for p, la in layers.items()]
+        kept = thinned(readers, group.width, width)
+        after = {path: reader.state() for path, reader in zip(layers, readers, strict=True)}
     else:
-        kept, after = surgery(*seen, last.weight, cast("Tensor | None", last.bias), width)
-    for path, layer in zip((chain.first, *chain.norms), (first, *norms), strict=True):
-        replace(module, path, _made(layer, {n: t[kept] if t.dim() else t for n, t in layer.state_dict().items()}))
-    replace(module, chain.last, _made(last, after))
+        kept = (_size(module, group) * _reach(module, group)).topk(width).indices.sort().values
+        left = {m.path: m.left(kept) for m in group.readers}
+        after = {p: {n: t[:, left[p]] if t.dim() > 1 else t for n, t in la.state_dict().items()} for p, la in layers.items()}
+    for path, state in after.items():
+        weight = state["weight"]
+        shape = (len(weight), -1, *cast(Tensor, layers[path].weight).shape[2:])
+        replace(module, path, _made(layers[path], {**state, "weight": weight.reshape(shape)}))
+    for member in (*group.writers, *group.between):
+        layer, stay = module.get_submodule(member.path), member.left(kept)
+        replace(module, member.path, _made(layer, {n: t[stay] if t.dim() else t for n, t in layer.state_dict().items()}))
+    return kept
 
 
-def _size(first: nn.Linear, norms: Sequence[nn.BatchNorm1d]) -> Tensor:
-    """How large each neuron's output is, by weights: its gain in a batch norm behind it, else the norm of its weights."""
-    if norms and norms[0].affine:
-        return norms[0].weight.abs()
-    return cast(Tensor, first.weight.norm(dim=1))
+def _columns(layer: nn.Module, member: Member) -> Tensor:
+    """The number of each column of a layer's weights as a matrix: an input of a convolution is as many as its kernel."""
+    return torch.tensor(member.slots).repeat_interleave(_rows_of(layer).shape[1] // len(member.slots))
+
+
+def _even(slots: Tensor) -> bool:
+    """Whether every number that is there is there as often."""
+    return len(set(torch.unique(slots[slots >= 0], return_counts=True)[1].tolist())) == 1
+
+
+def _size(module: nn.Module, group: Group) -> Tensor:
+    """How large each output is, by weights: its gain in the batch norms behind it, else the norm of its weights."""
+    size = torch.zeros(group.width)
+    whole = [(m, module.get_submodule(m.path)) for m in group.between if sorted(m.slots) == list(range(group.width))]
+    norms = [(m, la.weight) for m, la in whole if isinstance(la, (nn.BatchNorm1d, nn.BatchNorm2d)) and la.affine]
+    for member, gain in norms[: len(group.writers)]:
+        size[list(member.slots)] += gain.detach().abs()
+    if not norms:
+        for member in group.writers:
+            size[list(member.slots)] += _rows_of(module.get_submodule(member.path)).norm(dim=1)
+    return size
+
+
+def _reach(module: nn.Module, group: Group) -> Tensor:
+    """The norm of all weights that read each output."""
+    reach = torch.zeros(group.width)
+    for member in group.readers:
+        layer = module.get_submodule(member.path)
+        slots = _columns(layer, member)
+        reach.index_add_(0, slots[slots >= 0], _rows_of(layer).square().sum(0)[slots >= 0])
+    return reach.sqrt()
+
+
+class Reader:
+    """A layer that reads what is cut, and what its weights become: block after block of its inputs is taken out.
+
+    Finds weights that come near to giving y [n, out] for x [n, k], then with each block moves the weights of the others so
+    that y changes least. With a bias only what varies counts, as the bias takes over the means. A thousandth of the mean
+    variance is added to the covariance, so that weights of inputs that hardly vary stay where they were.
+    """
+
+    def __init__(self, x: Tensor, y: Tensor, weight: Tensor, bias: Tensor | None, slots: Tensor) -> None:
+        x, y, w = x.double(), y.double(), weight.T.double()
+        nothing = torch.zeros((), dtype=torch.float64)
+        self.biased = bias is not None
+        self.middle, self.level = (nothing, nothing) if bias is None else (x.mean(0), y.mean(0))
+        x, y = x - self.middle, y - self.level
+        gram = x.T @ x
+        gram.diagonal().add_(1e-3 * gram.diagonal().mean() + 1e-12)
+        self.inverse = torch.linalg.inv(gram)
+        self.w = w + self.inverse @ (x.T @ (y - x @ w))
+        self.power = y.square().sum()
+        self.left = torch.ones(len(slots), dtype=torch.bool)
+        self.slots = torch.unique(slots[slots >= 0])
+        # Inputs in the order of their numbers, those of no number first.
+        self.blocks = slots.argsort(stable=True)[int((slots < 0).sum()) :].reshape(len(self.slots), -1)
+
+    def cost(self) -> Tensor:
+        """What taking out each of ``slots`` would add to the squared error."""
+        w = self.w[self.blocks]
+        if self.blocks.shape[1] == 1:
+            single: Tensor = w[:, 0].square().sum(1) / self.inverse.diagonal()[self.blocks[:, 0]]
+            return single
+        inverse = self.inverse[self.blocks[:, :, None], self.blocks[:, None, :]]
+        return cast(Tensor, (w * torch.linalg.solve(inverse, w)).sum((1, 2)))
+
+    def remove(self, slot: int) -> None:
+        """Take out the inputs of a number, if there are any."""
+        for block in self.blocks[self.slots == slot]:
+            self._remove(block)
+            self.left[block] = False
+        self.slots, self.blocks = self.slots[self.slots != slot], self.blocks[self.slots != slot]
+
+    def _remove(self, block: Tensor) -> None:
+        w, inverse = self.w, self.inverse
+        if len(block) == 1:
+            at = int(block)
+            column = inverse[:, at] / inverse[at, at]
+            self.w, self.inverse = w - torch.outer(column, w[at]), inverse - torch.outer(column, inverse[at])
+            return
+        columns = torch.linalg.solve(inverse[block][:, block], inverse[:, block], left=False)
+        self.w = w - columns @ w[block]
+        self.inverse.addmm_(columns, inverse[block], alpha=-1)
+
+    def state(self) -> dict[str, Tensor]:
+        """Its weights [out, left] and bias on the inputs that are left."""
+        w = self.w[self.left]
+        after = {"weight": w.T.float()}
+        return {**after, "bias": (self.level - self.middle[self.left] @ w).float()} if self.biased else after
+
+
+def thinned(readers: Sequence[Reader], have: int, width: int) -> Tensor:
+    """Take all but ``width`` of the numbers below ``have`` out of the layers that read them; those kept, int64 [width].
+
+    Each time the one goes that costs least; between several layers, in shares of what each gives.
+    """
+    alive = torch.ones(have, dtype=torch.bool)
+    for _ in range(have - width):
+        cost = torch.where(alive, 0.0, torch.inf).double()
+        for reader in readers:
+            cost[reader.slots] += reader.cost() / (reader.power if len(readers) > 1 else 1)
+        slot = int(cost.argmin())
+        alive[slot] = False
+        for reader in readers:
+            reader.remove(slot)
+    return alive.nonzero().squeeze(1)
 
 
 def surgery(x: Tensor, y: Tensor, weight: Tensor, bias: Tensor | None, width: int) -> tuple[Tensor, dict[str, Tensor]]:
-    """Which ``width`` inputs a dense layer should keep, int64 [width], and its weights (and bias) on those.
-
-    Finds weights that come near to giving y [n, out] for x [n, k], then takes inputs out one at a time, moving the weights
-    of the others so that y changes least. With a bias only what varies counts, as the bias takes over the means. A thousandth
-    of the mean variance is added to the covariance, so that weights of inputs that hardly vary stay where they were.
-    """
-    x, y, w = x.double(), y.double(), weight.T.double()
-    nothing = torch.zeros((), dtype=torch.float64)
-    middle, level = (nothing, nothing) if bias is None else (x.mean(0), y.mean(0))
-    x, y = x - middle, y - level
-    gram = x.T @ x
-    gram.diagonal().add_(1e-3 * gram.diagonal().mean() + 1e-12)
-    inverse = torch.linalg.inv(gram)
-    w = w + inverse @ (x.T @ (y - x @ w))
-    alive = torch.ones(len(w), dtype=torch.bool)
-    for _ in range(len(w) - width):
-        cost = w.square().sum(1) / inverse.diagonal()
-        at = int(torch.where(alive, cost, torch.inf).argmin())
-        column = inverse[:, at] / inverse[at, at]
-        w, inverse = w - torch.outer(column, w[at]), inverse - torch.outer(column, inverse[at])
-        alive[at] = False
-    kept = alive.nonzero().squeeze(1)
-    after = {"weight": w[kept].T.float()}
-    return kept, after if bias is None else {**after, "bias": (level - middle[kept] @ w[kept]).float()}
+    """Which ``width`` inputs a dense layer should keep, int64 [width], and its weights (and bias) on those."""
+    reader = Reader(x, y, weight, bias, torch.arange(x.shape[1]))
+    kept = thinned([reader], x.shape[1], width)
+    return kept, reader.state()
 
 
 @named("fold-norms")
 @dataclasses.dataclass(frozen=True)
 class FoldNorms(Transform):
-    """Batch norms that stand beside a dense layer into its weights: the same outputs with fewer operations.
+    """Batch norms that stand beside a dense layer or convolution into its weights: the same outputs with fewer operations.
 
     Into the layer before, or else into the one after. Comes after training, in which a norm does more than its formula, and
     before quantizing.
@@ -242,67 +392,108 @@ class FoldNorms(Transform):
     def change(self, bundle: Bundle, env: Env) -> Bundle:
         """The bundle without those norms."""
         module = bundle.model.build(env.allow)
-        touched = [path for run in sequences(module) for path in _fold(module, run)]
+        touched = [path for run in neighbours(module, bundle.model.spec.inputs) for path in _fold(module, run)]
         if not touched:
-            raise PlanError("no batch norm stands beside a dense layer of fp32 in an nn.Sequential; fold before quantizing")
+            raise PlanError("no batch norm stands alone beside a dense layer or convolution of fp32; fold before quantizing")
         return bundle.replace(model=rewrite(bundle.model, dict(_changes(module, touched))))
 
     def describe(self) -> str:
         """What it does."""
-        return "batch norms folded into dense layers"
+        return "batch norms folded into the layers beside them"
+
+
+def neighbours(module: nn.Module, inputs: Sequence[str]) -> Iterator[list[tuple[str, nn.Module]]]:
+    """Runs of layers of which each reads only the one before: traced, or else those in an ``nn.Sequential``."""
+    traced = runs(module) if inputs else None
+    return sequences(module) if traced is None else traced
+
+
+def foldable(module: nn.Module, inputs: Sequence[str]) -> bool:
+    """Whether ``FoldNorms`` would find anything."""
+    return any(
+        _home(module, paths, at) for run in neighbours(module, inputs) for paths in [_kept(run)] for at in range(len(paths))
+    )
+
+
+def _kept(run: Sequence[tuple[str, nn.Module]]) -> list[str]:
+    """The layers of a run but for what does nothing in evaluation, which does not come between."""
+    return [path for path, layer in run if type(layer) not in (nn.Dropout, Dropout, nn.Identity)]
 
 
 def _fold(module: nn.Module, run: Sequence[tuple[str, nn.Module]]) -> Iterator[str]:
     """Fold the batch norms of a run in place, and name what changed."""
-    # What does nothing in evaluation does not come between.
-    paths = [path for path, layer in run if type(layer) not in (nn.Dropout, Dropout, nn.Identity)]
+    paths = _kept(run)
     for at, path in enumerate(paths):
-        norm = module.get_submodule(path)
-        if not _norm(norm):
+        home = _home(module, paths, at)
+        if not home:
             continue
-        assert isinstance(norm, nn.BatchNorm1d)
-        before, after = paths[at - 1] if at else "", paths[at + 1] if at + 1 < len(paths) else ""
-        home = next((p for p in (before, after) if p and _linear(module.get_submodule(p))), None)
-        if home is None:
-            continue
-        replace(module, home, _folded(cast(nn.Linear, module.get_submodule(home)), norm, home == before))
+        norm = cast(nn.BatchNorm1d, module.get_submodule(path))
+        replace(module, home, _folded(module.get_submodule(home), norm, at > 0 and home == paths[at - 1]))
         replace(module, path, nn.Identity())
         yield from (path, home)
 
 
-def _folded(linear: nn.Linear, norm: nn.BatchNorm1d, before: bool) -> nn.Module:
-    """A dense layer that also does what the norm behind it (``before``), or in front of it, did."""
+def _home(module: nn.Module, paths: Sequence[str], at: int) -> str:
+    """Which neighbour the layer at a place of a run can be folded into, if it is a batch norm."""
+    norm = Norm.of(module.get_submodule(paths[at]))
+    if norm is None or norm.kind != "batch":
+        return ""
+    before, after = paths[at - 1] if at else "", paths[at + 1] if at + 1 < len(paths) else ""
+    if before and _takes(module.get_submodule(before), norm, before=True):
+        return before
+    return after if after and _takes(module.get_submodule(after), norm, before=False) else ""
+
+
+def _takes(layer: nn.Module, norm: Norm, before: bool) -> bool:
+    """Whether a layer can do a norm's work; in front of a convolution that pads, a norm does not shift the padding."""
+    dense, conv = Dense.of(layer), Conv.of(layer)
+    if conv is not None and conv.data_type == "fp32" and conv.dims == norm.dims:
+        return before or (conv.groups == 1 and not any(conv.padding))
+    return dense is not None and dense.data_type == "fp32" and norm.dims == 1
+
+
+def _folded(layer: nn.Module, norm: nn.BatchNorm1d, before: bool) -> nn.Module:
+    """A layer that also does what the norm behind it (``before``), or in front of it, did."""
     mean, variance = cast(Tensor, norm.running_mean).double(), cast(Tensor, norm.running_var).double()
     gain = (variance + norm.eps).rsqrt() * (norm.weight.double() if norm.affine else 1)
     shift = (norm.bias.double() if norm.affine else 0) - mean * gain
-    weight, bias = linear.weight.double(), torch.zeros(()) if linear.bias is None else linear.bias.double()
+    shape = cast(Tensor, layer.weight).shape
+    # A dense layer is a convolution over one place.
+    weight = cast(Tensor, layer.weight).double().reshape(*shape[:2], -1)
+    bias = torch.zeros(()) if layer.bias is None else cast(Tensor, layer.bias).double()
     if before:
-        weight, bias = weight * gain.unsqueeze(1), bias * gain + shift
+        weight, bias = weight * gain.reshape(-1, 1, 1), bias * gain + shift
     else:
-        weight, bias = weight * gain, bias + weight @ shift
-    return _made(linear, {"weight": weight.float(), "bias": bias.float()})
+        weight, bias = weight * gain.reshape(-1, 1), bias + weight.sum(2) @ shift
+    return _made(layer, {"weight": weight.reshape(shape).float(), "bias": bias.float()})
 
 
 def _made(like: nn.Module, state: Mapping[str, Tensor]) -> nn.Module:
     """A layer like another with these tensors, whatever their sizes."""
-    dense, norm = Dense.of(like), Norm.of(like)
-    layer: Layer
-    if dense is not None:
-        outputs, inputs = state["weight"].shape
-        layer = dataclasses.replace(dense, inputs=inputs, outputs=outputs, bias="bias" in state)
+    layer = _described(like)
+    if isinstance(layer, Norm):
+        layer = dataclasses.replace(layer, features=len(state["running_mean"]))
     else:
-        assert norm is not None
-        layer = dataclasses.replace(norm, features=len(state["running_mean"]))
+        assert isinstance(layer, (Dense, Conv))
+        outputs, inputs = state["weight"].shape[:2]
+        if isinstance(layer, Conv) and layer.groups > 1:
+            layer = dataclasses.replace(layer, groups=layer.groups * outputs // layer.outputs)
+            inputs *= layer.groups
+        layer = dataclasses.replace(layer, inputs=inputs, outputs=outputs, bias="bias" in state)
     made = layer.build()
     made.load_state_dict({name: tensor.clone() for name, tensor in state.items()}, assign=True)
     return made.requires_grad_(False).eval()
+
+
+def _described(layer: nn.Module) -> Layer:
+    return Dense.of(layer) or Conv.of(layer) or Norm.of(layer) or Identity()
 
 
 def _changes(module: nn.Module, paths: Iterable[str]) -> Iterator[tuple[str, Change]]:
     """What the layers at these paths are now, for the model's spec and state."""
     for path in paths:
         layer = module.get_submodule(path)
-        yield path, (Dense.of(layer) or Norm.of(layer) or Identity(), layer.state_dict())
+        yield path, (_described(layer), layer.state_dict())
 
 
 def _linear(layer: nn.Module) -> bool:

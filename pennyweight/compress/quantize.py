@@ -13,10 +13,12 @@ from typing import ClassVar, Literal, cast
 
 from torch import Tensor, nn
 
+from pennyweight.compress.couple import strided
 from pennyweight.compress.rewrite import Change, finite, rewrite, targets
 from pennyweight.core.config import named
 from pennyweight.core.errors import PlanError
 from pennyweight.model.bundle import Bundle
+from pennyweight.model.conv import Conv
 from pennyweight.model.dense import Dense
 from pennyweight.model.tables import CodebookTable, Table, rows_of
 from pennyweight.model.transform import Env, Transform
@@ -68,30 +70,42 @@ class QuantizeTables(Transform):
 @named("quantize-dense")
 @dataclasses.dataclass(frozen=True)
 class QuantizeDense(Transform):
-    """Dense layers to a smaller data type: int8 and int4 by output channel, run in int8."""
+    """Dense layers and convolutions to a smaller data type: int8 and int4 by output (channel), run in int8."""
 
     family: ClassVar[Literal["compress"]] = "compress"
     stage: ClassVar[Literal["data type"]] = "data type"
 
     data_type: Literal["fp16", "bf16", "int8", "int4"] = "int8"
     only: tuple[str, ...] = ()
-    """Patterns of paths to quantize; all dense layers if empty."""
+    """Patterns of paths to quantize; all dense layers and convolutions if empty."""
     skip: tuple[str, ...] = ()
     """Patterns of paths to leave alone."""
 
     def change(self, bundle: Bundle, env: Env) -> Bundle:
-        """The bundle with its dense layers quantized."""
-        found = targets(bundle.model.build(env.allow), Dense.of, self.only, self.skip)
+        """The bundle with its dense layers and convolutions quantized."""
+        module = bundle.model.build(env.allow)
+        found = targets(module, _multiplied, self.only, self.skip)
         new = {p: (m, dataclasses.replace(d, data_type=self.data_type)) for p, (m, d) in found.items()}
         new = {p: (m, to) for p, (m, to) in new.items() if to.bytes() < found[p][1].bytes()}
         if not new:
             have = ", ".join(f"{p} ({d.data_type}, {d.inputs} x {d.outputs})" for p, (_, d) in found.items()) or "none"
-            raise PlanError(f"no dense layer would get smaller as {self.data_type}; dense layers: {have}")
+            raise PlanError(f"no dense layer would get smaller as {self.data_type}; dense layers and convolutions: {have}")
+        if any(isinstance(to, Conv) for _, to in new.values()) and not strided(module):
+            new = {p: (m, _last(to)) for p, (m, to) in new.items()}
         return bundle.replace(model=rewrite(bundle.model, {p: _dense(p, m, to) for p, (m, to) in new.items()}))
 
     def describe(self) -> str:
         """What it does."""
-        return f"dense layers stored as {self.data_type}"
+        return f"dense layers and convolutions stored as {self.data_type}"
+
+
+def _multiplied(module: nn.Module) -> Dense | Conv | None:
+    return Dense.of(module) or Conv.of(module)
+
+
+def _last(layer: Dense | Conv) -> Dense | Conv:
+    """A convolution that may give its channels last, since nothing behind it asks how they lie in memory."""
+    return dataclasses.replace(layer, memory="channels_last") if isinstance(layer, Conv) else layer
 
 
 def _table(path: str, module: nn.Module, new: Table) -> Change:
@@ -100,7 +114,7 @@ def _table(path: str, module: nn.Module, new: Table) -> Change:
     return new, new.encode(finite(path, rows_of(module), new.data_type))
 
 
-def _dense(path: str, module: nn.Module, new: Dense) -> Change:
+def _dense(path: str, module: nn.Module, new: Dense | Conv) -> Change:
     weight, bias = cast(Tensor, module.weight).detach(), cast("Tensor | None", module.bias)
     if bias is not None:
         finite(path, bias.detach())

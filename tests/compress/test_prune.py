@@ -76,7 +76,8 @@ def test_layers_get_narrower_and_are_recorded(score: str, given: Bundle, env: En
         "net.1": Norm(48),
         "net.4": Dense(48, 48, bias=False),
         "net.6": Norm(48),
-        "net.7": Dense(48, 32),
+        "net.7": Dense(48, 16),
+        "out": Dense(16, 1),
     }
     assert bundle.model.state["item.weight"] is given.model.state["item.weight"]
     back = load(save(bundle, tmp_path / "b"))
@@ -91,7 +92,7 @@ def test_neurons_that_do_nothing_go_first_and_nothing_is_lost(given: Bundle, env
             state[f"{last}.weight"][:, dead] = 0
             state[f"{norm}.weight"][dead] *= 100  # loud, but nobody listens
         sparse = given.replace(model=Model(given.model.spec, state))
-        bundle = PruneNeurons(widths=(46, 40), score=score).apply(sparse, env)
+        bundle = PruneNeurons(widths=(46, 40, 32), score=score).apply(sparse, env)
         torch.testing.assert_close(scores(bundle, env), scores(sparse, env), atol=2e-3, rtol=2e-3)
 
 
@@ -125,16 +126,16 @@ def test_widths_are_rounded_and_at_least_one_multiple_stays(given: Bundle, env: 
 def test_patterns_and_widths_choose(given: Bundle, env: Env) -> None:
     only = PruneNeurons(only=("net.4",), score="weight").apply(given, env).model.spec.layers
     assert "net.0" not in only and only["net.4"] == Dense(96, 48, bias=False)
-    mixed = PruneNeurons(widths=(96, 20), score="weight").apply(given, env).model.spec.layers
-    assert "net.0" not in mixed and mixed["net.7"] == Dense(20, 32)
+    mixed = PruneNeurons(widths=(96, 20, 32), score="weight").apply(given, env).model.spec.layers
+    assert "net.0" not in mixed and mixed["net.7"] == Dense(20, 32) and "out" not in mixed
 
 
 @pytest.mark.parametrize(
     ("fields", "reason"),
     [
-        ({"keep": 1.0}, r"no layer would get narrower.*net\.0 \(96\), net\.4 \(96\)"),
-        ({"widths": (10,)}, "1 widths for 2 hidden layers"),
-        ({"widths": (97, 10)}, r"net\.0 has 96 neurons, 97 were asked for"),
+        ({"keep": 1.0}, r"no layer would get narrower.*net\.0 \(96\), net\.4 \(96\), net\.7 \(32\)"),
+        ({"widths": (10,)}, "1 widths for 3 hidden layers"),
+        ({"widths": (97, 10, 8)}, r"net\.0 has 96 neurons, 97 were asked for"),
         ({"skip": ("net.*",)}, "no hidden layer to cut"),
     ],
 )
