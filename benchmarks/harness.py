@@ -65,7 +65,8 @@ class Options:
     """Seeds to average over."""
 
 
-Measure = Callable[[Options], Row]
+Measure = Callable[[Options], Row | Sequence[Row]]
+"""Rows of one id; several where it is judged by several metrics."""
 
 
 def run(name: str, rows: Mapping[str, Measure], *, timed: bool, seeds: int = 3, argv: Sequence[str] | None = None) -> None:
@@ -85,15 +86,16 @@ def run(name: str, rows: Mapping[str, Measure], *, timed: bool, seeds: int = 3, 
             measure.quiet()
         with measure.Foreign() as others:
             began, loaded = time.monotonic(), _when()  # the commit that runs, not one made meanwhile
-            row = rows[id](options)
+            made = rows[id](options)
+        found = [made] if isinstance(made, Row) else list(made)
         stamp = {"seconds": round(time.monotonic() - began, 1), "foreign_cpu": round(others.share, 3), **loaded}
         if timed and not options.quick and others.share > measure.LOUD:
             raise ConfigError(
                 f"{id}: others used {others.share:.0%} of the processor meanwhile; nothing was written, run it again"
             )
-        show([row], claim=not options.quick)
+        show(found, claim=not options.quick)
         if not options.quick:
-            _keep(RESULTS / f"{name}.json", row, stamp, list(rows))
+            _keep(RESULTS / f"{name}.json", found, stamp, list(rows))
 
 
 def show(rows: Sequence[Row], *, claim: bool = True) -> None:
@@ -137,10 +139,11 @@ def _git(*arguments: str) -> str:
         return "unknown"
 
 
-def _keep(path: Path, row: Row, stamp: Mapping[str, Any], order: Sequence[str]) -> None:
-    """Put one row into the file, in place of an older one of its id."""
-    rows = {r["id"]: r for r in json.loads(path.read_text())["rows"]} if path.exists() else {}
-    rows[row.id] = {**config.encode(row), "holds": row.holds, **stamp}
+def _keep(path: Path, made: Sequence[Row], stamp: Mapping[str, Any], order: Sequence[str]) -> None:
+    """Put the rows of one id into the file, in place of older ones of that id."""
+    known = json.loads(path.read_text())["rows"] if path.exists() else []
+    rows = {(r["id"], r["metric"]): r for r in known if r["id"] not in {m.id for m in made}}
+    rows |= {(m.id, m.metric): {**config.encode(m), "holds": m.holds, **stamp} for m in made}
     head = {"commit": stamp["commit"], "date": stamp["date"], "machine": hardware.machine(), "versions": hardware.versions()}
-    kept = [rows[id] for id in sorted(rows, key=lambda id: (order.index(id) if id in order else len(order), id))]
+    kept = sorted(rows.values(), key=lambda r: (order.index(r["id"]) if r["id"] in order else len(order), r["id"]))
     config.write(path, json.dumps({**head, "rows": kept}, indent=2) + "\n")

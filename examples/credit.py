@@ -1,6 +1,6 @@
 """Financial risk: who defaults on a credit card, by a tabular network with embeddings, made smaller and faster.
 
-    python examples/credit.py --data FOLDER/credit-default --out runs/credit
+python examples/credit.py --data FOLDER/credit-default --out runs/credit
 """
 
 import argparse
@@ -17,7 +17,7 @@ from pennyweight.model.spec import Model, seeded, spec_of
 from pennyweight.model.train import Fit, Recipe
 
 RECIPE = Recipe(lr=1e-3, batch=512, epochs=20, patience=20, schedule="cosine", metric="auc")
-BUDGET = "bytes <= 60kB, auc drop <= 0.003"
+BUDGET = "bytes <= 36kB, auc drop <= 0.003"
 
 
 def normal(parts: Split) -> Split:

@@ -1,6 +1,6 @@
 """The classic: a Keras ``Flatten, Dense(128), Dense(10)`` on handwritten digits, trained faster and made smaller.
 
-    python examples/digits.py --data FOLDER/mnist-5k --out runs/digits
+python examples/digits.py --data FOLDER/mnist-5k --out runs/digits
 """
 
 import argparse

@@ -1,6 +1,6 @@
 """Images: a small convolutional network in plain PyTorch, made smaller and faster.
 
-    python examples/images.py --data FOLDER/mnist-5k --out runs/images
+python examples/images.py --data FOLDER/mnist-5k --out runs/images
 """
 
 import argparse

@@ -1,6 +1,6 @@
 """The recommender: the shipped MovieLens sample from ratings to a smaller, proven, answering bundle.
 
-    python examples/recommend.py --out runs/demo
+python examples/recommend.py --out runs/demo
 """
 
 import argparse

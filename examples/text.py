@@ -1,6 +1,6 @@
 """Text: a convolutional network over word vectors learned here (Kim 2014), mostly a table, made smaller and faster.
 
-    python examples/text.py --data FOLDER/movie-review --out runs/text
+python examples/text.py --data FOLDER/movie-review --out runs/text
 """
 
 import argparse

@@ -159,10 +159,14 @@ def placeable(nodes: int, gpus: int) -> Topology:
     """
     there = hardware.detect()
     if nodes != 1:
-        raise DeviceError(f"{nodes} machines were asked for, and a bundle is placed on one; use nodes=1 and run a replica on each")
+        raise DeviceError(
+            f"{nodes} machines were asked for, and a bundle is placed on one; use nodes=1 and run a replica on each"
+        )
     if gpus < 0 or gpus > len(there.gpus):
         seen = f"PyTorch {torch.__version__} sees {len(there.gpus)}"
-        raise DeviceError(f"{gpus} GPUs were asked for and {seen}; use gpus={len(there.gpus)}, or install a CUDA build of PyTorch")
+        raise DeviceError(
+            f"{gpus} GPUs were asked for and {seen}; use gpus={len(there.gpus)}, or install a CUDA build of PyTorch"
+        )
     return Topology((there.cpu, *there.gpus[:gpus]))
 
 
@@ -207,7 +211,9 @@ def _read(data: Any) -> Pairs | Dataset | Split:
 Rows = Pairs | Dataset | Split
 
 
-def _taken(model: Any, data: Rows, test: Rows | None, inputs: tuple[str, ...], allow: tuple[str, ...]) -> tuple[Model, Rows, Any]:
+def _taken(
+    model: Any, data: Rows, test: Rows | None, inputs: tuple[str, ...], allow: tuple[str, ...]
+) -> tuple[Model, Rows, Any]:
     """The model as a Model, and the rows in the form it takes."""
     if isinstance(model, Model):
         return model, data, test
@@ -218,7 +224,7 @@ def _taken(model: Any, data: Rows, test: Rows | None, inputs: tuple[str, ...], a
     if isinstance(data, Pairs) and not _runs(model, data.example()):
         data, test = data.numbers(), None if test is None else test.numbers()  # type: ignore[union-attr]
     names = inputs or _names(data)
-    return graph.of(model, _example(data, names), names), data, test
+    return graph.logits(graph.of(model, _example(data, names), names)), data, test
 
 
 def _is_keras(model: Any) -> bool:
@@ -289,9 +295,13 @@ def _outputs(model: Model, data: Dataset, allow: tuple[str, ...]) -> Tensor:
     except (RuntimeError, KeyError, IndexError, TypeError) as error:
         said = str(error).splitlines()[0][:200]
         columns = ", ".join(model.spec.inputs or batch)
-        raise ConfigError(f"the model cannot be run on the columns {columns}: {said}; name its inputs with inputs=(...)") from error
+        raise ConfigError(
+            f"the model cannot be run on the columns {columns}: {said}; name its inputs with inputs=(...)"
+        ) from error
     if outputs.dim() > 2:
-        raise ConfigError(f"the model gives {tuple(outputs.shape)} for 4 rows; one number or one row of class scores each is needed")
+        raise ConfigError(
+            f"the model gives {tuple(outputs.shape)} for 4 rows; one number or one row of class scores each is needed"
+        )
     return outputs
 
 

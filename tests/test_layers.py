@@ -13,10 +13,11 @@ BELOW["optimize"] = {"core", "data", "model", *FAMILIES}
 BELOW["serve"] = BELOW["optimize"]  # answering requests needs no optimizer
 BELOW["report"] = {*BELOW["optimize"], "optimize"}
 BELOW["progress"] = {*BELOW["optimize"], "optimize"}
+BELOW["export"] = BELOW["optimize"]
 BELOW["job"] = {*BELOW["report"], "report"}
 BELOW["api"] = {*BELOW["job"], "job", "progress"}
 BELOW["demo"] = {*BELOW["job"], "job", "serve"}
-BELOW["cli"] = {*BELOW["demo"], "demo", "api", "progress"}
+BELOW["cli"] = {*BELOW["demo"], "demo", "api", "export", "progress"}
 BELOW["__main__"] = {"cli"}
 FILES = sorted(p for p in ROOT.rglob("*.py") if p.name != "__init__.py")
 

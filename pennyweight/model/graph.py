@@ -29,6 +29,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, fx, nn
 
+from pennyweight.core.config import decode
 from pennyweight.core.config import encode as plain
 from pennyweight.core.errors import BundleError, ConfigError
 from pennyweight.model import codec
@@ -155,9 +156,38 @@ def restore(graph: Graph) -> nn.Module:
         made = fx.GraphModule(root, _drawn(graph, root), "Graph")
         for name, child in root.named_children():
             made.add_module(name, child)  # fx makes bare containers of its own
-    except (AttributeError, KeyError, RuntimeError) as error:
+    except (AssertionError, AttributeError, KeyError, RuntimeError, SyntaxError, TypeError, ValueError) as error:
         raise ConfigError(f"the stored graph cannot be restored: {error}") from error
     return made
+
+
+def logits(model: Model) -> Model:
+    """The model without the softmax or sigmoid it ends in, as losses, metrics and proofs here want; others as they are."""
+    if model.spec.factory != f"{__name__}:restore":
+        return model
+    bare = _bare(decode(Graph, model.spec.args["graph"], "args.graph"))
+    return model if bare is None else Model(dataclasses.replace(model.spec, args={"graph": plain(bare)}), model.state)
+
+
+def _bare(graph: Graph) -> Graph | None:
+    """The graph without its last operation, if that is a softmax or a sigmoid."""
+    kinds = {p.path: p.kind for p in graph.parts}
+    whole = next((r for r in graph.runs if not r.path), None)
+    if whole is not None:
+        if kinds.get(whole.names[-1]) not in ("Softmax", "Sigmoid") or len(whole.names) < 2:
+            return None
+        shorter = dataclasses.replace(whole, names=whole.names[:-1])
+        runs = tuple(shorter if r is whole else r for r in graph.runs)
+        return dataclasses.replace(graph, runs=runs, parts=tuple(p for p in graph.parts if p.path != whole.names[-1]))
+    at = graph.output - len(graph.inputs)
+    if at < 0 or at != len(graph.nodes) - 1:
+        return None
+    node = graph.nodes[at]
+    name = kinds.get(node.target, "") if node.op == "layer" else node.target.rpartition(".")[2]
+    if name.lower() not in ("softmax", "sigmoid") or not node.args or set(node.args[0]) != {"node"}:
+        return None
+    parts = tuple(p for p in graph.parts if node.op != "layer" or p.path != node.target)
+    return dataclasses.replace(graph, nodes=graph.nodes[:at], output=node.args[0]["node"], parts=parts)
 
 
 class Enter(nn.Module):
@@ -455,6 +485,8 @@ def _drawn(graph: Graph, root: nn.Module) -> fx.Graph:
     def resolved(reference: Mapping[str, Any]) -> fx.Node:
         if "node" in reference:
             return _at(values, reference["node"])
+        if "mode" not in reference:
+            return _reference(reference)
         training = drawn.create_node("get_attr", "training")
         pair = [codec.decode(v, _reference) for v in reference["mode"]]
         return training if pair == [False, True] else drawn.call_function(operator.getitem, (pair, training))
@@ -494,4 +526,4 @@ def _at(values: Sequence[fx.Node], number: Any) -> fx.Node:
 
 
 def _reference(reference: Any) -> Any:
-    raise ConfigError(f"{reference} refers to a value where only a constant may stand")
+    raise ConfigError(f"{reference} stands where only a plain constant may")

@@ -1,0 +1,239 @@
+"""Any model, not only recommenders: how much smaller and faster, and what is lost, in four applications.
+
+Each is the example of its name, run on public data; the baseline must first reach what is published or what another kind of
+model reaches. Training is compared with ``keras.fit``, in turns, each framework at its faster number of threads, with
+the same optimizer, batch and epochs.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from sklearn.ensemble import HistGradientBoostingClassifier
+
+import pennyweight
+from benchmarks import harness
+from benchmarks.harness import Options, Row
+from examples import credit, digits, images, text
+from pennyweight.data import loaders
+from pennyweight.data.dataset import Dataset, Split
+from pennyweight.model import metrics
+from pennyweight.model.train import Fit, Recipe, scores
+from pennyweight.optimize import prove
+from pennyweight.optimize.search import Outcome
+from pennyweight.optimize.trial import Cost, Trial
+
+ROUNDS = 5
+FOLDS = 10
+ROWS = 100
+"""Rows of the request that is timed."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Bars:
+    """What an application must reach."""
+
+    smaller: float
+    faster: float
+    margin: float
+
+
+def compressed(id: str, model: Any, parts: Split, budget: str, recipe: Recipe, fit: Fit, bars: Bars, o: Options) -> list[Row]:
+    """The rows of one optimization."""
+    settings: dict[str, Any] = {"seconds": 20, "tries": 1, "epochs": 1} if o.quick else {"seconds": 420}
+    outcome = pennyweight.optimize(model, parts, budget, recipe=recipe, trained=fit, rows=ROWS, **settings)  # type: ignore[operator]
+    return rows_of(id, outcome, bars)
+
+
+def rows_of(id: str, outcome: Outcome, bars: Bars) -> list[Row]:
+    """What came of it against its bars; a plan that was not proven is shown as what it is."""
+    result = outcome.result
+    shown = result.chosen or next((t for t in result.trials if t.proof), None)
+    if shown is None:
+        return [
+            Row(id, "compression_ratio", 1, 1, 1, bar=bars.smaller, note=f"nothing to put to the proof: {result.explanation}")
+        ]
+    before, after, proof = _spent(result.baseline), _spent(shown), shown.proof
+    assert proof is not None and result.baseline.proof is not None
+    name, value = proof.metric, proof.baseline
+    note = f"{result.verdict}; {shown.plan.describe()}; {name} {value:.4f} -> {proof.value:.4f} on {proof.rows:,} rows"
+    smaller = before.bytes / after.bytes
+    p50, p99 = before.p50_ms / after.p50_ms, before.p99_ms / after.p99_ms
+    timed = f"p50 of {ROWS} rows, {before.p50_ms:.3f} -> {after.p50_ms:.3f} ms; p99 {p99:.2f}x; range: p50 and p99"
+    told = f"the 95 % bound of the drop in {name}; drop {proof.drop:.4f}"
+    control = f"; the control gains {-result.control.proof.drop:.4f}" if result.control and result.control.proof else ""
+    return [
+        Row(id, "compression_ratio", smaller, smaller, smaller, bar=bars.smaller, baseline=value, note=note),
+        Row(id, "speedup", p50, min(p50, p99), max(p50, p99), bar=bars.faster, note=timed),
+        Row(
+            id, "drop_upper_95", proof.drop_upper_95, proof.drop_low_95, proof.drop_upper_95,
+            bar=bars.margin, at_most=True, note=told + control,
+        ),
+    ]  # fmt: skip
+
+
+def _spent(trial: Trial) -> Cost:
+    assert trial.measured is not None
+    return trial.measured
+
+
+@functools.cache
+def _folder() -> Path:
+    return Path(tempfile.mkdtemp(prefix="pennyweight-applications-"))
+
+
+def keras_mnist(o: Options) -> list[Row]:
+    """The classic: training against ``keras.fit``, then compression."""
+    parts = loaders.mnist(o.data / "mnist-5k", _folder() / "mnist")
+    recipe = dataclasses.replace(digits.RECIPE, epochs=2 if o.quick else 10)
+    both = [train_times(parts, recipe, threads, 2 if o.quick else ROUNDS) for threads in sorted({1, torch.get_num_threads()})]
+    theirs = min((t[0] for t in both), key=np.median)
+    ours = min((t[1] for t in both), key=np.median)
+    ratios = np.asarray(theirs) / np.asarray(ours)
+    accuracies = [np.mean([t[k] for t in both]) for k in (2, 3)]
+    note = (
+        f"median of {len(ours)} trainings in turns, each at its faster number of threads; range of the ratio; keras.fit "
+        f"{np.median(theirs):.2f} s, test accuracy {accuracies[0]:.4f}; ours {np.median(ours):.2f} s, {accuracies[1]:.4f}, "
+        "validation after each epoch included"
+    )
+    speedup = float(np.median(theirs) / np.median(ours))
+    training = Row(
+        "keras-mnist", "training_speedup", speedup, float(ratios.min()), float(ratios.max()), bar=5, note=note,
+        peer=f"keras {digits.keras.__version__} on torch {torch.__version__}", peer_value=float(np.median(theirs)),
+    )  # fmt: skip
+    model, fit = digits.trained(parts)
+    rest = compressed("keras-mnist", model, parts, digits.BUDGET, recipe, fit, Bars(10, 3, 0.003), o)
+    return [training, *rest]
+
+
+def train_times(parts: Split, recipe: Recipe, threads: int, rounds: int) -> tuple[list[float], list[float], float, float]:
+    """Seconds of ``keras.fit`` and of ours, and both mean test accuracies, with so many threads; the first round warms up."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    x, y = parts.train.column("x"), parts.train.column("label")
+    test, right = parts.test.column("x"), parts.test.column("label")
+    theirs, ours, found = [], [], []
+    try:
+        for seed in range(rounds + 1):
+            network = digits.network(seed)
+            began = time.perf_counter()
+            network.fit(x, y, batch_size=recipe.batch, epochs=recipe.epochs, verbose=0)
+            theirs.append(time.perf_counter() - began)
+            began = time.perf_counter()
+            model, _ = digits.trained(parts, seed)
+            ours.append(time.perf_counter() - began)
+            mine = scores(model.build(), parts.test, inputs=model.spec.inputs).argmax(1)
+            found.append((np.mean(network.predict(test, verbose=0).argmax(1) == right), np.mean(mine == right)))
+    finally:
+        torch.set_num_threads(before)
+    accuracy = np.mean(found, 0)
+    return theirs[1:], ours[1:], float(accuracy[0]), float(accuracy[1])
+
+
+def cnn_mnist(o: Options) -> list[Row]:
+    """Images."""
+    parts = loaders.mnist(o.data / "mnist-5k", _folder() / "mnist")
+    net, fit = images.trained(parts)
+    accuracy = _quality("accuracy", net, parts.test, ["x"])
+    first = Row("cnn-mnist", "baseline", accuracy, accuracy, accuracy, bar=0.96, note="test accuracy of the given network")
+    return [first, *compressed("cnn-mnist", net, parts, images.BUDGET, images.RECIPE, fit, Bars(8, 2, 0.01), o)]
+
+
+def movie_review(o: Options) -> list[Row]:
+    """Text: ten folds for the baseline and for the proof, whose rows are put together."""
+    found: list[tuple[float, Outcome, Dataset, Any]] = []
+    for fold in range(1 if o.quick else FOLDS):
+        parts = loaders.movie_review(o.data / "movie-review", _folder() / f"review-{fold}", fold=fold)
+        net, fit = text.trained(parts, fold)
+        settings: dict[str, Any] = {"seconds": 20, "tries": 1, "epochs": 1} if o.quick else {"seconds": 240, "tries": 1}
+        outcome = pennyweight.optimize(net, parts, text.BUDGET, recipe=text.RECIPE, trained=fit, rows=ROWS, **settings)  # type: ignore[operator]
+        found.append((_quality("accuracy", net, parts.test, ["text"]), outcome, parts.test, net))
+    return _folds(found)
+
+
+def _folds(found: Sequence[tuple[float, Outcome, Dataset, Any]]) -> list[Row]:
+    """One row a metric over the folds: worst and best as the range, and one proof over all test rows."""
+    id, base = "text-cnn/movie-review", [f[0] for f in found]
+    pairs = [(_spent(f[1].result.baseline), _spent(t)) for f in found if (t := f[1].result.chosen)]
+    first = Row(id, "baseline", float(np.mean(base)), min(base), max(base), bar=0.75, note=f"test accuracy, {len(base)} folds")
+    if len(pairs) < len(found):
+        note = f"{len(pairs)} of {len(found)} folds found a plan that is proven within {text.BUDGET}"
+    else:
+        note = "every fold's plan is proven on its own rows"
+    if not pairs:
+        return [first, Row(id, "compression_ratio", 1, 1, 1, bar=10, note=note)]
+    right = [_answers(*f[1:]) for f in found]
+    joined = prove.judge("accuracy", prove.means(*(np.concatenate(r) for r in zip(*right, strict=True))), 0.01)
+    smaller, faster = [a.bytes / b.bytes for a, b in pairs], [a.p50_ms / b.p50_ms for a, b in pairs]
+    told = f"{joined.verdict} on the {joined.rows:,} test rows of all folds; drop {joined.drop:.4f}"
+    return [
+        first,
+        Row(id, "compression_ratio", float(np.mean(smaller)), min(smaller), max(smaller), bar=10, note=note),
+        Row(id, "speedup", float(np.mean(faster)), min(faster), max(faster), bar=2, note=f"p50 of {ROWS} rows"),
+        Row(
+            id, "drop_upper_95", joined.drop_upper_95, joined.drop_low_95, joined.drop_upper_95, bar=0.01, at_most=True, note=told
+        ),
+    ]  # fmt: skip
+
+
+def _answers(outcome: Outcome, test: Dataset, net: torch.nn.Module) -> Iterator[Any]:
+    """1 where the given and the chosen model are right."""
+    labels = test.column("label")
+    from pennyweight.optimize.evaluate import scores as run
+
+    for logits in (scores(net, test, inputs=["text"]), run(outcome.bundle, test)):
+        yield ((logits > 0) == (labels > 0.5)).astype(np.float64)
+
+
+def risk(o: Options) -> list[Row]:
+    """Financial risk: level with gradient boosting, and calibrated as before."""
+    raw = loaders.credit_default(o.data / "credit-default", _folder() / "credit")
+    parts = credit.normal(raw)
+    model, fit = credit.trained(parts)
+    mine, boosted = _quality("auc", model.build(), parts.test), boosting(raw, o.quick)
+    note = "test AUC; gradient boosting chosen on validation among learning rates and leaves; bar: within .01 of it"
+    peer = "scikit-learn HistGradientBoosting"
+    level = Row("credit", "baseline", mine, mine, mine, bar=boosted - 0.01, peer=peer, peer_value=boosted, note=note)
+    rows = compressed("credit", model, parts, credit.BUDGET, credit.RECIPE, fit, Bars(8, 3, 0.003), o)
+    return [level, *rows]
+
+
+def boosting(parts: Split, quick: bool) -> float:
+    """Test AUC of gradient boosting at its best setting on validation."""
+    names = [c.name for c in parts.train.schema.features]
+    coded = [c.kind == "categorical" for c in parts.train.schema.features]
+    x = [np.stack([p.column(n).astype(np.float64) for n in names], 1) for p in parts]
+    y = [p.column("label") for p in parts]
+    best = (0.0, 0.0)
+    for rate in (0.05,) if quick else (0.03, 0.05, 0.1):
+        for leaves in (8,) if quick else (8, 16, 31):
+            trees = HistGradientBoostingClassifier(
+                learning_rate=rate, max_leaf_nodes=leaves, max_iter=400, early_stopping=True, l2_regularization=1.0,
+                categorical_features=coded, random_state=0,
+            ).fit(x[0], y[0])  # fmt: skip
+            valid, test = (metrics.auc(y[k], trees.decision_function(x[k])) for k in (1, 2))
+            best = max(best, (valid, test))
+    return best[1]
+
+
+def _quality(metric: str, net: torch.nn.Module, data: Dataset, inputs: Sequence[str] = ()) -> float:
+    return metrics.METRICS[metric].of(data.column("label"), scores(net, data, inputs=inputs))
+
+
+MEASURED: dict[str, Callable[[Options], list[Row]]] = {
+    "keras-mnist": keras_mnist,
+    "cnn-mnist": cnn_mnist,
+    "text-cnn/movie-review": movie_review,
+    "credit": risk,
+}
+
+if __name__ == "__main__":
+    harness.run("applications", MEASURED, timed=True)
