@@ -158,9 +158,10 @@ def types(model: Model, calib: bool) -> list[tuple[QuantizeOnnx, ...]]:
     if model.spec.factory != FACTORY:
         return []
     graph = cast(Onnx, model.build()).proto().graph
-    held = {n.op_type for n in graph.node if n.name in _weighty(graph, "fp16")}
-    ranges = (QuantizeOnnx("int8-static"),)
-    plans = [(QuantizeOnnx("fp16"),), (QuantizeOnnx("int8"),), *([ranges] if calib else [])]
+    names = _weighty(graph, "fp16")
+    held = {n.op_type for n in graph.node if n.name in names}
+    plans: list[tuple[QuantizeOnnx, ...]] = [(QuantizeOnnx("fp16"),), (QuantizeOnnx("int8"),)]
+    plans += [(QuantizeOnnx("int8-static"),)] if calib else []
     packed, rest = bool(held & {"MatMul", "Gemm", "Gather"}), bool(held & {"Conv", "LSTM"})
     plans += [(QuantizeOnnx("int4"),)] if packed else []
     plans += [(QuantizeOnnx("int4"), QuantizeOnnx("int8"))] if packed and rest else []
