@@ -199,7 +199,7 @@ def decode(value: Any, node: Callable[[Any], Any]) -> Any:
 
 
 def _decoded(kind: str, inner: Any, node: Callable[[Any], Any]) -> Any:
-    if kind in ("node", "mode"):
+    if kind in ("node", "mode", "function", "layer"):
         return node({kind: inner})
     if kind == "float":
         return float(inner)
@@ -212,10 +212,6 @@ def _decoded(kind: str, inner: Any, node: Callable[[Any], Any]) -> Any:
         if type(found) is not getattr(torch, kind):
             raise TypeError(f"{inner} is no {kind}")
         return found
-    if kind == "function":
-        return function(inner)
-    if kind == "layer":
-        return layer(inner[0], inner[1])
     if kind == "dict":
         return {k: decode(v, node) for k, v in inner.items()}
     if kind not in _PARTS:
@@ -242,12 +238,18 @@ def layer(kind: str, args: Mapping[str, Any]) -> nn.Module:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # about nested tensors, which the first construction gave already
-            return cls(**{name: decode(value, _nowhere) for name, value in args.items()})
+            return cls(**{name: decode(value, constant) for name, value in args.items()})
     except (AttributeError, AssertionError, RuntimeError, TypeError, ValueError) as error:
         raise ConfigError(f"torch.nn.{kind} does not take the stored arguments {dict(args)}: {error}") from error
 
 
-def _nowhere(reference: Any) -> Any:
+def constant(reference: Mapping[str, Any]) -> Any:
+    """What stands among a layer's arguments besides plain constants: another layer, or a function such as ``F.relu``."""
+    ((kind, inner),) = reference.items()
+    if kind == "layer":
+        return layer(inner[0], inner[1])
+    if kind == "function":
+        return function(inner)
     raise ConfigError(f"a layer's arguments cannot refer to the graph: {reference}")
 
 

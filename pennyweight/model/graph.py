@@ -23,8 +23,9 @@ import dataclasses
 import inspect
 import keyword
 import operator
+import warnings
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 import torch
 from torch import Tensor, fx, nn
@@ -246,7 +247,9 @@ def _judged(name: str, output: Any, rows: int) -> None:
 def _copy(module: nn.Module) -> nn.Module:
     """A copy in evaluation on the CPU, so that nothing that happens to it is seen."""
     try:
-        return copy.deepcopy(module).cpu().eval()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return copy.deepcopy(module).cpu().eval()
     except Exception as error:  # whatever the code of somebody else raises
         raise ConfigError(f"{type(module).__name__} cannot be copied: {error}") from error
 
@@ -295,6 +298,9 @@ def _recorded(module: nn.Module, example: Sequence[Tensor], inputs: tuple[str, .
 def _written(tracer: Tracer, example: Sequence[Tensor]) -> Graph:
     """The graph of a tracer as a value."""
     root, every = tracer.root, list(tracer.graph.nodes)
+    for name in root._modules:
+        if hasattr(fx.GraphModule, name):
+            raise ConfigError(f"{type(root).__name__} has a layer named {name!r}, which a graph keeps for itself; rename it")
     output = every[-1].args[0]
     if not isinstance(output, fx.Node):
         raise ConfigError(f"{type(root).__name__} gives the same for every input")
@@ -355,7 +361,7 @@ def _part(root: nn.Module, path: str) -> Part:
     return Part(path, kind, args)
 
 
-def _no_node(node: fx.Node) -> Any:
+def _no_node(node: fx.Node) -> NoReturn:
     raise AssertionError(f"{node} among a layer's arguments")
 
 
@@ -399,7 +405,7 @@ def _with_modes(graph: Graph, module: nn.Module, sizes: tuple[list[Tensor], list
         return graph
 
 
-def _differ() -> bool:
+def _differ() -> NoReturn:
     raise ValueError("other operations in training than in evaluation")
 
 
@@ -486,7 +492,7 @@ def _drawn(graph: Graph, root: nn.Module) -> fx.Graph:
         if "node" in reference:
             return _at(values, reference["node"])
         if "mode" not in reference:
-            return _reference(reference)
+            _reference(reference)
         training = drawn.create_node("get_attr", "training")
         pair = [codec.decode(v, _reference) for v in reference["mode"]]
         return training if pair == [False, True] else drawn.call_function(operator.getitem, (pair, training))
@@ -525,5 +531,5 @@ def _at(values: Sequence[fx.Node], number: Any) -> fx.Node:
     return values[number]
 
 
-def _reference(reference: Any) -> Any:
+def _reference(reference: Any) -> NoReturn:
     raise ConfigError(f"{reference} stands where only a plain constant may")

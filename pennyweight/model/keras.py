@@ -121,8 +121,8 @@ def _converted(keras: Any, model: Any, logits: bool) -> nn.Module:
 
 
 def entries(module: nn.Module) -> list[tuple[tuple[int | None, ...], str]]:
-    """Shape without the batch dimension and type of each input of a restored Keras model; nothing for another module."""
-    first = module.inputs() if isinstance(module, Graph) else list(module.children())[:1]
+    """Shape without the batch dimension and type of each input of a restored Keras model or graph; nothing for another."""
+    first = module.inputs() if isinstance(module, Graph) else module.children()
     return [(entry.shape, str(entry.dtype)) for entry in first if isinstance(entry, Enter)]
 
 

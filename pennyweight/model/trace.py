@@ -72,6 +72,8 @@ class Tracer(fx.Tracer):
         self.given, self.names = list(zip(one, many, strict=True)), names
         self.running = False
         self.inside = [""]
+        self.failed = ""
+        """The innermost module that raised, as " in its path (its class)"."""
         self.called: set[str] = {""}
         self.apart: set[str] = set()
         """Modules one of whose children somebody else called."""
@@ -99,12 +101,14 @@ class Tracer(fx.Tracer):
         parent = path.rpartition(".")[0]
         if self.inside[-1] != parent:
             self.apart.add(parent)
-        if layer_of(m) is not None and (m._forward_hooks or m._forward_pre_hooks):
-            raise TypeError(f"{type(m).__name__} at {path!r} has hooks, which a graph cannot hold; remove them first")
         self.called.add(path)
         self.inside.append(path)
         try:
+            _recordable(m)
             return super().call_module(m, forward, args, kwargs)
+        except Exception:
+            self.failed = self.failed or f" in {path!r} ({type(m).__name__})"
+            raise
         finally:
             self.inside.pop()
 
@@ -175,7 +179,8 @@ def trace(module: nn.Module, one: Sequence[Tensor], many: Sequence[Tensor], name
             torch.manual_seed(1)
             tracer.trace(module)
     except Exception as error:  # whatever the code of somebody else raises
-        raise ConfigError(f"{type(module).__name__} cannot be traced{where(error.__traceback__)}: {error}") from error
+        place = f"{tracer.failed}{where(error.__traceback__)}"
+        raise ConfigError(f"{type(module).__name__} cannot be traced{place}: {error}") from error
     for node in reversed(tracer.graph.nodes):
         if not node.users and (node.op == "get_attr" or not node.meta.get("tensor", True)):
             tracer.graph.erase_node(node)
@@ -247,6 +252,14 @@ def _variable(target: Any, args: tuple[Any, ...]) -> bool:
     """Whether a plain result comes from numbers of a tensor, or from a number that itself depends on the batch."""
     name = target if isinstance(target, str) else target.__name__
     return name in _READS or any(isinstance(a, Value) and isinstance(a.seen[0], (int, float)) for a in args)
+
+
+def _recordable(module: nn.Module) -> None:
+    """Refuse modules of which a graph would lose a part."""
+    if isinstance(module, torch.jit.ScriptModule):
+        raise TypeError("a scripted module has no Python to record; give the module it was scripted from")
+    if layer_of(module) is not None and (module._forward_hooks or module._forward_pre_hooks):
+        raise TypeError("its hooks cannot be held by a graph; remove them first")
 
 
 def _allowed(kind: str, target: Any, args: tuple[Any, ...]) -> None:

@@ -5,6 +5,7 @@ import dataclasses
 import subprocess
 import sys
 import types
+from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -476,7 +477,7 @@ def test_examples_that_do_not_fit_are_refused(example: tuple[Tensor, ...], input
 def test_layers_that_cannot_be_made_again_are_named() -> None:
     hooked = nn.Sequential(nn.Linear(3, 3))
     hooked[0].register_forward_hook(lambda *_: None)
-    with pytest.raises(ConfigError, match="Linear at '0' has hooks"):
+    with pytest.raises(ConfigError, match=r"in '0' \(Linear\).*: its hooks cannot be held"):
         graph.of(hooked, [torch.rand(4, 3)])
     changed = nn.Sequential(nn.Linear(3, 3), nn.ReLU())
     changed[0].register_buffer("extra", torch.zeros(2))
@@ -486,8 +487,21 @@ def test_layers_that_cannot_be_made_again_are_named() -> None:
     weird[0].dim = object()  # type: ignore[assignment]
     with pytest.raises(ConfigError):
         graph.of(weird, [torch.rand(4, 3)])
+    with pytest.raises(ConfigError, match="a layer named 'graph'"):
+        graph.of(nn.Sequential(OrderedDict(graph=nn.Linear(3, 3))), [torch.rand(4, 3)])
+    normed = Wrapped(nn.utils.parametrizations.weight_norm(nn.Linear(3, 3)))
+    with pytest.raises(
+        ConfigError, match=r"in 'layer\.parametrizations.* \(_WeightNorm\).*torch\._weight_norm is not an operation"
+    ):
+        graph.of(normed, [torch.rand(4, 3)])
     with pytest.raises(ConfigError, match=r"no torch\.nn\.Module"):
         graph.of(3, [torch.rand(4, 3)])  # type: ignore[arg-type]
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+def test_a_scripted_module_is_named() -> None:
+    with pytest.raises(ConfigError, match=r"in 'layer' \(RecursiveScriptModule\).*a scripted module has no Python"):
+        graph.of(Wrapped(torch.jit.script(nn.Linear(3, 3))), [torch.rand(4, 3)])
 
 
 def test_a_subclass_with_a_constructor_alone_is_its_layer() -> None:
@@ -591,7 +605,9 @@ X = {"node": 0}
         calls("function", "torch.relu", {"dtype": "load"}),
         calls("function", "torch.relu", {"dtype": "nn"}),
         calls("function", "torch.relu", {"function": "os.system"}),
-        calls("function", "torch.relu", {"layer": ["Module", {}]}),
+        calls("function", "torch.relu", {"layer": ["ReLU", {}]}),
+        calls("function", "torch.relu", {"function": "torch.relu"}),
+        calls("function", "torch.relu", {"mode": 3}),
         calls("function", "torch.relu", X, **{"a=exit()": 1}),
         calls("evil", "torch.relu", X),
         {"parts": [{"path": "other", "kind": "Sequential", "args": {}}]},
@@ -619,7 +635,7 @@ def test_constants_go_through_json() -> None:
         *(1, 1.5, True, None, "a", [1, (2.0, None)], {"a": (1,)}, float("inf"), slice(1, None, 2), range(3), ...),
         *(torch.float16, torch.device("cpu"), torch.channels_last, torch.strided, F.gelu),
     ]
-    back = codec.decode(codec.encode(values, lambda _: None), lambda _: None)
+    back = codec.decode(codec.encode(values, lambda _: None), codec.constant)
     assert back == values and [type(v) for v in back] == [type(v) for v in values]
     with pytest.raises(ConfigError, match="a constant of type object"):
         codec.encode([object()], lambda _: None)
