@@ -146,12 +146,20 @@ def _runs(module: nn.Module, graph: fx.Graph) -> Iterator[list[tuple[str, nn.Mod
 
 
 def strided(module: nn.Module) -> bool:
-    """Whether forward may ask how a tensor lies in memory, as ``view`` does; True for what cannot be traced."""
+    """Whether forward asks how what a convolution gave lies in memory, as ``view`` does; True for what cannot be traced."""
     graph = trace(module)
     if graph is None:
         return True
-    layers = (module.get_submodule(str(n.target)) for n in graph.nodes if n.op == "call_module")
-    return any(_name(n) in _STRIDED for n in graph.nodes) or any(isinstance(la, nn.Unflatten) for la in layers)
+    behind: set[fx.Node] = set()
+    for node in graph.nodes:
+        layer = module.get_submodule(str(node.target)) if node.op == "call_module" else None
+        if not behind.isdisjoint(node.all_input_nodes):
+            if _name(node) in _STRIDED or isinstance(layer, nn.Unflatten):
+                return True
+            behind |= set() if layer is not None and Dense.of(layer) else {node}
+        elif layer is not None and Conv.of(layer):
+            behind.add(node)
+    return False
 
 
 class _Tracer(fx.Tracer):

@@ -84,7 +84,7 @@ class QuantizeDense(Transform):
     def change(self, bundle: Bundle, env: Env) -> Bundle:
         """The bundle with its dense layers and convolutions quantized."""
         module = bundle.model.build(env.allow)
-        found = targets(module, _multiplied, self.only, self.skip)
+        found: dict[str, tuple[nn.Module, Dense | Conv]] = targets(module, _multiplied, self.only, self.skip)
         new = {p: (m, dataclasses.replace(d, data_type=self.data_type)) for p, (m, d) in found.items()}
         new = {p: (m, to) for p, (m, to) in new.items() if to.bytes() < found[p][1].bytes()}
         if not new:

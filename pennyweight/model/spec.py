@@ -46,7 +46,7 @@ class Layer(abc.ABC):
 
     @abc.abstractmethod
     def flops(self) -> int:
-        """Floating point operations per example (a multiply and an add are two)."""
+        """Floating point operations each time it is used (a multiply and an add are two): a row, a lookup, a position."""
 
 
 @dataclasses.dataclass(frozen=True)

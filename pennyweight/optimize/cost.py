@@ -12,14 +12,15 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
 from pennyweight.core.measure import latency
 from pennyweight.model.bundle import Bundle
+from pennyweight.model.conv import Conv
 from pennyweight.model.dense import Dense, Norm
-from pennyweight.model.spec import Layer, leaves
+from pennyweight.model.spec import Batch, Layer, call, leaves
 from pennyweight.model.tables import Table
 from pennyweight.model.transform import Env, Plan, Transform
 from pennyweight.optimize.trial import Cost, Part, Price
@@ -36,14 +37,14 @@ class Rates:
     rows_per_ms: Mapping[str, float]
     """Table rows looked up, by layout and data type."""
 
-    def ms(self, layer: Layer, candidates: int, lookups: int = 1) -> float:
-        """Predicted milliseconds of one layer for a request of this many candidates."""
+    def ms(self, layer: Layer, candidates: int, uses: int = 1) -> float:
+        """Predicted milliseconds of one layer for a request of this many candidates, each of which uses it so often."""
         if isinstance(layer, Table):
             rate = self.rows_per_ms.get(f"{layer.layout} {layer.data_type}", self.rows_per_ms["full fp32"])
-            return self.call_ms + candidates * lookups / rate
-        kind = layer.data_type if isinstance(layer, Dense) else "fp32"
+            return self.call_ms + candidates * uses / rate
+        kind = layer.data_type if isinstance(layer, (Dense, Conv)) else "fp32"
         rate = self.flops_per_ms.get(kind, self.flops_per_ms["int8" if kind == "int4" else "fp32"])
-        return self.call_ms + candidates * layer.flops() / rate
+        return self.call_ms + candidates * uses * layer.flops() / rate
 
 
 def calibrate(candidates: int = 500, seconds: float = 0.05) -> Rates:
@@ -76,13 +77,43 @@ def _time(layer: Layer, given: torch.Tensor, seconds: float) -> float:
 
 
 def described(bundle: Bundle, allow: Sequence[str] = ()) -> dict[str, Layer]:
-    """What each table, dense layer and norm of a bundle is now, by path."""
+    """What each table, dense layer, convolution and norm of a bundle is now, by path."""
     module = bundle.model.build(allow)
     found = {
-        path: bundle.model.spec.layers.get(path) or Table.of(child) or Dense.of(child) or Norm.of(child)
+        path: bundle.model.spec.layers.get(path) or Table.of(child) or Dense.of(child) or Conv.of(child) or Norm.of(child)
         for path, child in leaves(module)
     }
     return {path: layer for path, layer in found.items() if layer is not None}
+
+
+def positions(layer: Layer, output: torch.Tensor) -> int:
+    """How often a layer that is no table was used for an output: once for all its numbers at a place."""
+    return output.numel() // max(1, getattr(layer, "outputs", 0) or getattr(layer, "features", 0))
+
+
+def uses(bundle: Bundle, batch: Batch, allow: Sequence[str] = ()) -> dict[str, int]:
+    """Positions of a row in each layer of a model with convolutions, found by scoring a batch; elsewhere it is one."""
+    layers = {p: la for p, la in described(bundle, allow).items() if not isinstance(la, Table)}
+    if not any(isinstance(layer, Conv) for layer in layers.values()):
+        return {}
+    module, found = bundle.model.build(allow), dict.fromkeys(layers, 0)
+
+    def counter(path: str) -> Callable[..., None]:
+        def count(_: torch.nn.Module, args: object, output: torch.Tensor) -> None:
+            found[path] += positions(layers[path], output)
+
+        return count
+
+    for path in layers:
+        module.get_submodule(path).register_forward_hook(counter(path))
+    with torch.inference_mode():
+        rows = len(call(module, batch, bundle.model.spec.inputs))
+    return {path: count // rows for path, count in found.items()}
+
+
+def operations(layers: Mapping[str, Layer], often: Mapping[str, int]) -> int:
+    """Floating point operations for one row: what each layer needs, times its positions in a row (tables by one lookup)."""
+    return sum(la.flops() * (1 if isinstance(la, Table) else max(1, often.get(path, 1))) for path, la in layers.items())
 
 
 def sketch(bundle: Bundle, transforms: Sequence[Transform], env: Env) -> Bundle:
@@ -95,10 +126,10 @@ def predict(bundle: Bundle, rates: Rates, baseline: Cost, before: Sequence[Part]
     layers = described(bundle, allow)
     measured = {p.name: p for p in before}
     glue = measured["everything else"].ms if "everything else" in measured else 0.0
-    lookups = {p.name: max(1, p.lookups) for p in before}
-    ms = glue + sum(rates.ms(layer, baseline.candidates, lookups.get(path, 1)) for path, layer in layers.items())
+    often = {p.name: max(1, p.lookups) for p in before}
+    ms = glue + sum(rates.ms(layer, baseline.candidates, often.get(path, 1)) for path, layer in layers.items())
     tail = baseline.p99_ms / baseline.p50_ms if baseline.p50_ms else 1.0
-    return Cost(bundle.bytes, ms, ms * tail, baseline.candidates, sum(layer.flops() for layer in layers.values()))
+    return Cost(bundle.bytes, ms, ms * tail, baseline.candidates, operations(layers, often))
 
 
 def money(cost: Cost, threads: int, price: Price) -> float:

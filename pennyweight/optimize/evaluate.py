@@ -31,7 +31,7 @@ from pennyweight.model.onnx import Onnx
 from pennyweight.model.spec import Batch, Layer
 from pennyweight.model.tables import Table
 from pennyweight.model.train import Queries
-from pennyweight.optimize.cost import described
+from pennyweight.optimize.cost import described, operations, positions, uses
 from pennyweight.optimize.trial import Cost, Part
 
 Scores = npt.NDArray[np.float32]
@@ -107,7 +107,7 @@ def _calls(runner: Runner, bench: Bench) -> Callable[[], object]:
 
 
 def _cost(bundle: Bundle, timing: Latency, bench: Bench, allow: Sequence[str]) -> Cost:
-    flops = sum(layer.flops() for layer in described(bundle, allow).values())
+    flops = operations(described(bundle, allow), uses(bundle, bench.requests[0](), allow))
     return Cost(bundle.bytes, timing.p50_ms, timing.p99_ms, bench.candidates, flops)
 
 
@@ -120,7 +120,7 @@ def parts(bundle: Bundle, bench: Bench, allow: Sequence[str] = (), rounds: int =
         layers = described(bundle, allow)
         spent = dict.fromkeys(layers, 0.0)
         rows = dict.fromkeys(layers, 0)
-        handles = [h for path in layers for h in _timed(runner.module.get_submodule(path), path, spent, rows)]
+        handles = [h for path in layers for h in _timed(runner.module.get_submodule(path), path, layers[path], spent, rows)]
         batch = bench.requests[0]()
         runner.score(batch)
         spent.update(dict.fromkeys(layers, 0.0))
@@ -138,28 +138,32 @@ def parts(bundle: Bundle, bench: Bench, allow: Sequence[str] = (), rounds: int =
 
 
 def _timed(
-    module: nn.Module, path: str, spent: dict[str, float], rows: dict[str, int]
+    module: nn.Module, path: str, layer: Layer, spent: dict[str, float], rows: dict[str, int]
 ) -> list[torch.utils.hooks.RemovableHandle]:
     begun = [0.0]
 
     def before(_: nn.Module, args: tuple[Tensor, ...]) -> None:
         begun[0] = time.perf_counter()
 
-    def after(_: nn.Module, args: tuple[Tensor, ...], out: object) -> None:
+    def after(_: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> None:
         spent[path] += (time.perf_counter() - begun[0]) * 1e3
-        rows[path] += args[0].numel() if args else 0
+        if isinstance(layer, Table):
+            rows[path] += args[0].numel() if args else 0
+        else:
+            rows[path] += positions(layer, out)
 
     return [module.register_forward_pre_hook(before), module.register_forward_hook(after)]
 
 
-def _part(path: str, layer: Layer, ms: float, lookups: int) -> Part:
+def _part(path: str, layer: Layer, ms: float, often: int) -> Part:
     name = type(layer).__name__.lower()
     if isinstance(layer, Table):
         shape = f"{layer.rows}x{layer.dim}"
         form = layer.data_type if layer.layout == "full" else f"{layer.layout} {layer.parts}x{layer.codes} {layer.data_type}"
-        return Part(path, f"{name} {form} {shape}", layer.bytes(), ms, layer.flops(), lookups)
+        return Part(path, f"{name} {form} {shape}", layer.bytes(), ms, layer.flops(), often)
     shape = f"{getattr(layer, 'inputs', getattr(layer, 'features', ''))}x{getattr(layer, 'outputs', '')}".rstrip("x")
-    return Part(path, f"{name} {getattr(layer, 'data_type', '')} {shape}".replace("  ", " "), layer.bytes(), ms, layer.flops())
+    kind = f"{name} {getattr(layer, 'data_type', '')} {shape}".replace("  ", " ")
+    return Part(path, kind, layer.bytes(), ms, layer.flops() * max(1, often), often)
 
 
 def outcomes(

@@ -35,13 +35,13 @@ from typing import Any
 import numpy.typing as npt
 
 from pennyweight.accelerate.tune import Engine, tune
+from pennyweight.compress.prune import foldable
 from pennyweight.core import hardware
 from pennyweight.core.budget import Budget, size
 from pennyweight.core.config import decode, dumps, encode, write
 from pennyweight.core.errors import ConfigError, DataError, DeviceError, Infeasible, NotWorthIt, PlanError
 from pennyweight.data.dataset import Dataset
 from pennyweight.model.bundle import Bundle, Runtime, load, save
-from pennyweight.model.dense import Norm
 from pennyweight.model.losses import ROWS
 from pennyweight.model.metrics import ranking
 from pennyweight.model.spec import Model, seeded
@@ -366,7 +366,7 @@ class Search:
     def explore(self) -> None:
         """Free plans, then structures with recovery, milder or stronger as validation says."""
         layers = described(self.bundle, self.env.allow)
-        norms = any(isinstance(layer, Norm) and layer.kind == "batch" for layer in layers.values())
+        norms = foldable(self.bundle.model.build(self.env.allow), self.bundle.model.spec.inputs)
         self.say("predict", "sketching the structures there are")
         rungs = self._rungs(structures(self.bundle, layers, self.env), norms)
         free = [r for r in rungs if not r.structure]

@@ -15,10 +15,12 @@ from collections.abc import Mapping
 from itertools import product
 
 from pennyweight.compress.distill import Distill
-from pennyweight.compress.prune import FoldNorms, PruneNeurons, chains
+from pennyweight.compress.prune import FoldNorms, PruneNeurons, hidden
 from pennyweight.compress.quantize import QuantizeDense, QuantizeTables
 from pennyweight.compress.share import ShareRows
 from pennyweight.model.bundle import Bundle
+from pennyweight.model.conv import Conv
+from pennyweight.model.dense import Dense
 from pennyweight.model.spec import Layer
 from pennyweight.model.tables import Table
 from pennyweight.model.transform import Env, Transform
@@ -28,7 +30,7 @@ Levels = tuple[int, ...]
 """How strong a structure is on each axis; 0 leaves that axis as given."""
 
 KEEP = (0.5, 0.25, 0.125)
-"""Shares of neurons kept; each halving about quarters the dense work."""
+"""Shares of neurons and channels kept; each halving about quarters the work."""
 
 RETRIEVAL = ("retrieval.*",)
 """The stage of a cascade that the ranking metric does not see; it is never compressed beyond what is free."""
@@ -40,7 +42,7 @@ WIDTHS = (4, 8)
 def structures(bundle: Bundle, layers: Mapping[str, Layer], env: Env) -> dict[Levels, Structure]:
     """Structures worth a try by their levels (neurons, rows); (0, 0) is the model as given."""
     prunes: list[Structure] = [()]
-    if chains(bundle.model.build(env.allow)):
+    if hidden(bundle.model.build(env.allow), bundle.model.spec.inputs, env.calib or env.train):
         prunes += [(PruneNeurons(keep=keep),) for keep in KEEP]
     dims = [layer.dim for layer in layers.values() if isinstance(layer, Table) and layer.layout == "full" and layer.rows > 512]
     shares: list[Structure] = [()]
@@ -87,10 +89,11 @@ def types(layers: Mapping[str, Layer], norms: bool) -> list[Structure]:
         t: (*wide, QuantizeTables(t, skip=RETRIEVAL if wide else ())) for t in ("fp16", "int8", "int4")
     }
     fold: Structure = (FoldNorms(),) if norms else ()
-    dense = len(held) < len(layers)
+    dense = any(isinstance(layer, (Dense, Conv)) for layer in layers.values())
     choices: list[tuple[str, Structure]] = [
         (mild, (QuantizeDense("int8"),)),
         (strong, (QuantizeDense("int8"),)),
         (strong, (QuantizeDense("int4"),)),
     ]
-    return [(*fold, *(rows[t] if held else ()), *(d if dense else ())) for t, d in choices]
+    # Without tables, or without dense layers, some are the same.
+    return list(dict.fromkeys((*fold, *(rows[t] if held else ()), *(d if dense else ())) for t, d in choices))

@@ -82,7 +82,7 @@ class Part:
     ms: float
     flops: int
     lookups: int = 0
-    """Rows a table looks up for one candidate."""
+    """How often one candidate uses it: rows a table looks up, positions of a convolution."""
 
 
 @dataclasses.dataclass(frozen=True)
