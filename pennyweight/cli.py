@@ -17,7 +17,7 @@ from pennyweight import __version__
 from pennyweight.core import budget as budgets
 from pennyweight.core import hardware
 from pennyweight.core.config import decode, loads
-from pennyweight.core.errors import ConfigError, DataError, PennyweightError
+from pennyweight.core.errors import ConfigError, DataError, DeviceError, PennyweightError
 from pennyweight.data.dataset import How
 from pennyweight.progress import watching
 
@@ -273,6 +273,42 @@ def report(
     target = out or file.with_name("report.html")
     write(target, render(loads(Result, _text(file), str(file))))
     out_console.print(str(target))
+
+
+@app.command()
+def export(
+    bundle: Annotated[Path, typer.Argument(help="A bundle folder.")],
+    to: Annotated[
+        list[str], typer.Option("--to", help="onnx, openvino, pt2 or torch; may repeat. All that are installed by default.")
+    ] = [],  # noqa: B006
+    out: Annotated[Path | None, typer.Option(help="Folder to write; BUNDLE-export by default.")] = None,
+    data: Annotated[Path | None, typer.Option(help="A dataset folder whose first rows are checked with.")] = None,
+    seconds: Annotated[float, typer.Option(help="Seconds of timing.")] = 2.0,
+    seed: Seed = 0,
+    allow: Allow = [],  # noqa: B006
+) -> None:
+    """Write a bundle for other runtimes: each export is opened again and must answer as the bundle does."""
+    from pennyweight.data.dataset import Dataset
+    from pennyweight.export import export as leave
+    from pennyweight.model.bundle import load
+
+    rows = None if data is None else next(iter(Dataset.open(data).batches(100)))
+    target = out or bundle.with_name(f"{bundle.resolve().name}-export")
+    made = leave(load(bundle), target, to, allow=allow, data=rows, seed=seed, seconds=seconds)
+    shown = Table("target", "files", "bytes", "p50 ms", "largest difference", "runtime", "operations", title=str(target))
+    for part in made.parts:
+        shown.add_row(
+            "the bundle", f"{part.name}, {part.rows} rows", f"{made.bytes:,}", f"{part.p50_ms:.3f}", "", made.engine, ""
+        )
+        for w in (w for w in made.written if w.graph == part.name):
+            files = ", ".join(f.name for f in w.files)
+            shown.add_row(w.target, files, f"{w.bytes:,}", f"{w.p50_ms:.3f}", f"{w.difference:.1g}", w.runtime, w.opset)
+    out_console.print(shown)
+    out_console.print(made.allowed(), markup=False, highlight=False)
+    for line in [*(f"{w.target}: {w.note}" for w in made.written if w.note), *map(str, made.failed)]:
+        err_console.print(line, markup=False, highlight=False, soft_wrap=True)
+    if to and made.failed:
+        raise DeviceError(f"not exported to {', '.join(f.target for f in made.failed)}; {target} holds the others")
 
 
 @app.command()

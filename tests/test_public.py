@@ -21,7 +21,7 @@ IMPORTED = """
 """
 TRANSFORMS = "distill fold-norms place prune-neurons quantize-dense quantize-onnx quantize-tables queue run share-rows"
 LAYERS = "conv dense identity norm table"
-COMMANDS = "apply bench demo doctor inspect optimize report serve train"
+COMMANDS = "apply bench demo doctor export inspect optimize report serve train"
 
 
 def registered(base: type) -> str:

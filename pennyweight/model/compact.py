@@ -54,7 +54,7 @@ class Weight(nn.Module):
         self.register_buffer("scale", scale)
 
     def widen(self) -> None:
-        """Half bytes to bytes, in place: the same numbers for a runtime that would take half bytes apart for good."""
+        """Half bytes to bytes, in place: the same numbers for a runtime that would make floats of half bytes for good."""
         if self.packed.dtype == torch.uint8:
             self.packed = self._halves().to(torch.int8)
 
@@ -145,6 +145,10 @@ class Codes(nn.Module):
         parts, count, _ = books.shape
         self.register_buffer("base", torch.arange(parts, dtype=torch.int32) * count)
         self.books = books
+
+    def widen(self) -> None:
+        """Codebooks to floats, in place: OpenVINO (2026.4) looks nothing up in codebooks that have a scale."""
+        self.books = Weight(self.books(), self.books.shape)
 
     def forward(self, input: Tensor) -> Tensor:
         """fp32 rows [..., dim] of ids of any shape."""

@@ -214,8 +214,8 @@ class Onnx(Packed):
         return written
 
 
-def session(graph: bytes, threads: int = 0) -> Any:
-    """A session of ONNX Runtime on the CPU; 0 threads is one for every core."""
+def session(graph: bytes | str, threads: int = 0) -> Any:
+    """A session of ONNX Runtime on the CPU, of a graph or of the file it is in; 0 threads is one for every core."""
     onnxruntime = importlib.import_module("onnxruntime")
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
