@@ -102,7 +102,8 @@ def optimize(
             which is only fair if the model was not trained on it.
         task: inferred from labels and outputs if None.
         metric: the budget's, or the task's usual one, if None.
-        nodes, gpus: machines and GPUs of the placement.
+        nodes: machines of the placement.
+        gpus: GPUs of the placement.
         inputs: columns that a module's ``forward`` takes, in order; all features if empty.
         recipe: how the model was trained; recovery carries it. Inferred from the task if None (Adam at 1e-3).
         trained: the record of the model's training by ``pennyweight.fit``, for the report.
@@ -216,7 +217,7 @@ def _taken(
 ) -> tuple[Model, Rows, Any]:
     """The model as a Model, and the rows in the form it takes."""
     if isinstance(model, Model):
-        return model, data, test
+        return _fed(model, inputs or _names(data)), data, test
     if not isinstance(model, nn.Module) and not _is_keras(model):
         raise ConfigError(f"a {type(model).__name__} is no model: give a torch.nn.Module, a Keras model, or a model's path")
     if _is_keras(model):
@@ -225,6 +226,14 @@ def _taken(
         data, test = data.numbers(), None if test is None else test.numbers()  # type: ignore[union-attr]
     names = inputs or _names(data)
     return graph.logits(graph.of(model, _example(data, names), names)), data, test
+
+
+def _fed(model: Model, names: tuple[str, ...]) -> Model:
+    """The model with the data's columns as its inputs, where it takes columns one by one and as many, under other names."""
+    own = model.spec.inputs
+    if not own or set(own) <= set(names) or len(own) != len(names):
+        return model
+    return Model(dataclasses.replace(model.spec, inputs=names), model.state)
 
 
 def _is_keras(model: Any) -> bool:

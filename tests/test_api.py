@@ -61,7 +61,6 @@ def test_a_loader_of_torch_tensors_and_no_test_rows(net: nn.Module) -> None:
     assert result.verdict == "proven" and result.data.startswith("multi-class; 1,438 / 180 / 179 rows")
 
 
-@pytest.mark.filterwarnings("ignore:__array__ implementation")  # Keras' own, in fit and load
 def test_a_keras_model_and_its_file(tmp_path: Path) -> None:
     keras.utils.set_random_seed(0)
     model = keras.Sequential([keras.Input((64,)), keras.layers.Dense(64, activation="relu"), keras.layers.Dense(10, "softmax")])
@@ -76,7 +75,7 @@ def test_a_keras_model_and_its_file(tmp_path: Path) -> None:
 
 
 def test_an_onnx_file_keeps_its_graph(net: nn.Module, tmp_path: Path) -> None:
-    graph = export(net, {"x": torch.from_numpy(TEST[0][:4])}, ["x"]).graph
+    graph = export(net, {"pixels": torch.from_numpy(TEST[0][:4])}, ["pixels"]).graph
     (tmp_path / "digits.onnx").write_bytes(graph)
     found = pennyweight.optimize(tmp_path / "digits.onnx", TRAIN, "accuracy drop <= 0.02", test=TEST, force=True, **QUICK)  # type: ignore[operator]
     assert found.result.verdict == "proven" and found.result.chosen is not None
