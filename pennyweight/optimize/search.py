@@ -36,6 +36,7 @@ import numpy.typing as npt
 
 from pennyweight.accelerate.tune import Engine, tune
 from pennyweight.compress.prune import foldable
+from pennyweight.compress.onnx import types as graph_types
 from pennyweight.core import hardware
 from pennyweight.core.budget import Budget, size
 from pennyweight.core.config import decode, dumps, encode, write
@@ -387,16 +388,21 @@ class Search:
         """Structures with their data types and predicted costs, cheapest last; those that cannot be applied are left out."""
         rungs = []
         for levels, structure in found.items():
-            try:
+            made: dict[Structure, Cost] = {}
+            with contextlib.suppress(PlanError):
                 drawn = sketch(self.bundle, structure, self.env)
-                dtypes = types(described(drawn, self.env.allow), norms)
-                sketches = [sketch(drawn, suffix, self.env) for suffix in dtypes]
-            except PlanError:
-                continue
-            guesses = [predict(s, self.rates, self.base, self.before, self.env.allow) for s in sketches]
-            rungs.append(Rung(levels, structure, dtypes, guesses))
+                for suffix in self._types(drawn, norms):
+                    with contextlib.suppress(PlanError):
+                        drafted = sketch(drawn, suffix, self.env)
+                        made[suffix] = predict(drafted, self.rates, self.base, self.before, self.env.allow)
+            if made:
+                rungs.append(Rung(levels, structure, list(made), list(made.values())))
         # By bytes and operations, not by milliseconds: the order must not depend on how busy the machine is.
         return sorted(rungs, key=lambda r: -r.guesses[-1].bytes * r.guesses[-1].flops)
+
+    def _types(self, drawn: Bundle, norms: bool) -> Sequence[Structure]:
+        """Data types to try: an ONNX graph's own, or those of its layers."""
+        return graph_types(drawn.model, self.env.calib is not None) or types(described(drawn, self.env.allow), norms)
 
     def _promising(self, guess: Cost) -> bool:
         """Whether a prediction leaves hope: bytes are exact, milliseconds may be a third off."""
@@ -421,7 +427,7 @@ class Search:
                 allowed = self.options.seconds / 3 - (time.monotonic() - self.started)
                 if allowed <= 0:
                     return
-                module = seeded(spec, seed, env.allow)
+                module = seeded(spec, seed, env.allow, self.bundle.model.state)
                 fit(
                     module,
                     env.train,
