@@ -77,7 +77,8 @@ class Held:
     path: str
     shape: tuple[int, ...]
     dtype: str
-    trained: bool
+    spread: tuple[float, float] | None = None
+    """Of a parameter, mean and standard deviation: what it starts from where the graph is trained anew."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -371,7 +372,11 @@ def _listed(shapes: Mapping[str, torch.Size]) -> str:
 
 def _held(root: nn.Module, path: str) -> Held:
     tensor = tensor_at(root, path)
-    return Held(path, tuple(tensor.shape), _dtype(tensor), isinstance(tensor, nn.Parameter))
+    spread = None
+    if isinstance(tensor, nn.Parameter):
+        whole = tensor.detach().double().nan_to_num(posinf=0.0, neginf=0.0)
+        spread = (float(whole.mean()), float(whole.std(correction=0)))
+    return Held(path, tuple(tensor.shape), _dtype(tensor), spread)
 
 
 def _node(node: fx.Node, numbers: Mapping[fx.Node, int]) -> Node:
@@ -450,7 +455,9 @@ def _skeleton(graph: Graph) -> nn.Module:
         _put(root, part.path, codec.layer(part.kind, part.args))
     for held in graph.held:
         tensor = torch.zeros(held.shape, dtype=codec.decode({"dtype": held.dtype}, _reference))
-        _put(root, held.path, nn.Parameter(tensor, tensor.is_floating_point()) if held.trained else tensor)
+        if held.spread is not None and tensor.is_floating_point():
+            tensor = nn.Parameter(tensor.normal_(*held.spread))
+        _put(root, held.path, tensor)
     return root
 
 

@@ -94,11 +94,18 @@ class Model:
         return sum(t.numel() * t.element_size() for t in self.state.values())
 
 
-def seeded(spec: Spec, seed: int, allow: Sequence[str] = ()) -> nn.Module:
-    """The module a spec describes with the initial weights of a seed; the caller's random state is left alone."""
+def seeded(spec: Spec, seed: int, allow: Sequence[str] = (), buffers: Mapping[str, Tensor] | None = None) -> nn.Module:
+    """The module a spec describes with the initial weights of a seed; the caller's random state is left alone.
+
+    ``buffers`` is the state of a model of this spec, to take buffers from: they may hold constants that nobody trains.
+    """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return build(spec, allow)
+        module = build(spec, allow)
+    for name, tensor in module.named_buffers():
+        if buffers is not None:
+            tensor.copy_(buffers[name])
+    return module
 
 
 def build(spec: Spec, allow: Sequence[str] = ()) -> nn.Module:

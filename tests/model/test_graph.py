@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -18,11 +19,14 @@ from torch import Tensor, nn
 from pennyweight.compress.prune import FoldNorms, PruneNeurons
 from pennyweight.compress.quantize import QuantizeDense, QuantizeTables
 from pennyweight.core.errors import ConfigError, PennyweightError
+from pennyweight.data.dataset import Dataset
+from pennyweight.data.schema import Column, Schema
 from pennyweight.model import codec, graph
 from pennyweight.model.bundle import Bundle, load, save
 from pennyweight.model.dense import Dense
-from pennyweight.model.spec import Model, Spec, build, call, leaves
+from pennyweight.model.spec import Model, Spec, build, call, leaves, seeded
 from pennyweight.model.tables import Table
+from pennyweight.model.train import Recipe, fit
 from pennyweight.model.transform import Env
 
 ROWS = 6
@@ -263,6 +267,28 @@ def test_a_copy_trains_and_follows_the_mode() -> None:
         changed = copied.state_dict()
         assert all(not torch.equal(changed[n], before[n]) for n, p in copied.named_parameters() if p.grad.any())
         assert all(torch.equal(model.state[k], before[k]) for k in before)
+
+
+def test_trained_anew_it_starts_from_other_weights_and_the_same_constants() -> None:
+    module, example = made("mixed")
+    model = graph.of(module, example)
+    first, second = (seeded(model.spec, seed, (), model.state) for seed in (1, 2))
+    assert torch.equal(first.scale, second.scale) and torch.equal(first.scale, module.scale)
+    assert not torch.equal(first.table.weight, second.table.weight)
+    positions = graph.of(*made("attention"))
+    fresh = seeded(positions.spec, 1).places
+    assert abs(fresh.detach().std() / positions.state["places"].std() - 1) < 0.2
+
+
+def test_the_training_loop_takes_it() -> None:
+    module, example = made("attention")
+    words = ids(300, 7).numpy()
+    schema = Schema((Column("words", "context", "sequence", 50, 7), Column("label", "label", "numeric")))
+    columns = {"words": words, "label": (words == 3).any(1).astype(np.float32)}
+    rows = Dataset.from_arrays(columns, schema)
+    trained = graph.of(module, example, ["words"]).build(copy=True)
+    fitted = fit(trained, rows, rows, Recipe(lr=0.01, batch=64, epochs=4), inputs=["words"])
+    assert fitted.history[-1].loss < 0.7 * fitted.history[0].loss
 
 
 def test_the_module_is_left_as_it_was() -> None:
@@ -615,8 +641,8 @@ X = {"node": 0}
         {"parts": [{"path": "other", "kind": "init", "args": {}}]},
         {"parts": [{"path": 'a").b("', "kind": "ReLU", "args": {}}]},
         {"parts": [{"path": "training", "kind": "ReLU", "args": {}}]},
-        {"held": [{"path": "forward", "shape": [1], "dtype": "float32", "trained": True}]},
-        {"held": [{"path": "other.weight", "shape": [-1], "dtype": "float32", "trained": True}]},
+        {"held": [{"path": "forward", "shape": [1], "dtype": "float32", "spread": [0.0, 1.0]}]},
+        {"held": [{"path": "other.weight", "shape": [-1], "dtype": "float32", "spread": [0.0, 1.0]}]},
         {"inputs": [{"name": "x=exit()", "path": "enter_x", "shape": [3], "dtype": "float32"}]},
         {"inputs": [{"name": "x", "path": "enter_x", "shape": [3], "dtype": "device"}]},
         {"runs": [{"path": "", "names": ["a.b"]}]},
