@@ -476,10 +476,11 @@ def _made(like: nn.Module, state: Mapping[str, Tensor]) -> nn.Module:
     else:
         assert isinstance(layer, (Dense, Conv))
         outputs, inputs = state["weight"].shape[:2]
+        sizes: dict[str, Any] = {"outputs": outputs, "inputs": inputs, "bias": "bias" in state}
         if isinstance(layer, Conv) and layer.groups > 1:
-            layer = dataclasses.replace(layer, groups=layer.groups * outputs // layer.outputs)
-            inputs *= layer.groups
-        layer = dataclasses.replace(layer, inputs=inputs, outputs=outputs, bias="bias" in state)
+            parts = outputs if layer.groups == layer.outputs else layer.groups  # one for each channel, or as many as ever
+            sizes |= {"groups": parts, "inputs": inputs * parts}
+        layer = dataclasses.replace(layer, **sizes)
     made = layer.build()
     made.load_state_dict({name: tensor.clone() for name, tensor in state.items()}, assign=True)
     return made.requires_grad_(False).eval()
