@@ -39,28 +39,19 @@ _SPACES: Mapping[str, Any] = {
 _UNSAFE = {"from_file", "from_numpy", "frombuffer", "attrgetter", "itemgetter", "methodcaller", "call"}
 _UNSAFE_KINDS = ("fbgemm_", "cudnn_", "miopen_", "mkldnn_", "quantized_", "sparse_", "sym_", "has_torch_function")
 _UNSAFE_METHODS = {
-    *("numpy", "data_ptr", "storage", "untyped_storage", "storage_type", "share_memory_", "set_", "pin_memory"),
-    *(
-        "apply_",
-        "map_",
-        "map2_",
-        "as_subclass",
-        "new",
-        "const_data_ptr",
-        "record_stream",
-        "backward",
-        "register_hook",
-        "register_post_accumulate_grad_hook",
-        "module_load",
-        "reinforce",
-    ),
+    *("numpy", "data_ptr", "const_data_ptr", "storage", "untyped_storage", "storage_type", "share_memory_", "set_"),
+    *("pin_memory", "record_stream", "as_subclass", "new", "apply_", "map_", "map2_", "module_load", "reinforce"),
+    *("backward", "register_hook", "register_post_accumulate_grad_hook"),
 }
 _ATTRIBUTES = {
     *("shape", "dtype", "device", "layout", "ndim", "T", "mT", "H", "mH", "real", "imag", "data"),
     *("values", "indices", "U", "S", "V", "Vh", "Q", "R", "L", "LU", "eigenvalues", "eigenvectors"),
 }
 """What may be read of a tensor, or of the named tuple of tensors that some operations give."""
-_WRITTEN = {"__init__", "__module__", "__doc__", "__annotations__", "__qualname__", "reset_parameters", "extra_repr"}
+_WRITTEN = {
+    *("__init__", "__module__", "__doc__", "__annotations__", "__qualname__", "__static_attributes__", "__firstlineno__"),
+    *("reset_parameters", "extra_repr"),
+}
 """What a subclass may define and still be the layer it inherits from."""
 _BARE = (
     *(nn.Module, nn.Sequential, nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict, nn.Container),
