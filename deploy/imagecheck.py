@@ -9,7 +9,8 @@ The image is then used as an engine would: its command, as its user, healthy by 
 by its stop signal. What the stand-in cannot show is in docs/deploy.md: the registry's base, a read-only root, cgroups, CUDA.
 
 pip reaches whatever the pip of this machine reaches: its settings, and the local folders they name, are lent to the build and
-are in no layer. All of it lies in one temporary folder (3 GB at most), which goes at the end, whatever happens.
+are in no layer. All of it lies in one temporary folder (some GB) and happens in namespaces of its own for processes and
+mounts, so that nothing is left at work or mounted, whatever happens.
 """
 
 from __future__ import annotations
@@ -145,21 +146,28 @@ class Service:
 
 
 def main() -> None:
-    """Lint, build, serve, ask, stop."""
+    """Make a place of its own for the check, and clear it away."""
     asked = argparse.ArgumentParser(description="Build the Dockerfile in a fresh Debian root and ask its service.")
     asked.add_argument("--bundle", type=Path, help="what to serve; runs/demo/best, or one trained by the image, by default")
     asked.add_argument("--torch-index", help="where PyTorch's wheels are; where this machine's pip looks, by default")
+    asked.add_argument("--inside", type=Path, help=argparse.SUPPRESS)
     given = asked.parse_args()
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    if given.inside:
+        return check(given.inside, given.bundle, given.torch_index)
     _needed()
-    subprocess.run([str(Path(sys.executable).with_name("hadolint")), str(ROOT / "Dockerfile")], check=True)
-    _say("hadolint has nothing to say")
-    with _folder() as folder:
-        check(folder, given.bundle, given.torch_index)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    apart = ["unshare", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc", sys.executable, *sys.argv, "--inside"]
+    try:
+        with _folder() as folder:
+            sys.exit(subprocess.run([*apart, str(folder)]).returncode)
+    except KeyboardInterrupt:
+        sys.exit("image-check: stopped, and cleared away")
 
 
 def check(folder: Path, bundle: Path | None, torch_index: str | None) -> None:
-    """Build in ``folder`` and hold the image to what it promises."""
+    """Lint the Dockerfile, build it in ``folder`` and hold the image to what it promises."""
+    subprocess.run([str(Path(sys.executable).with_name("hadolint")), str(ROOT / "Dockerfile")], check=True)
+    _say("hadolint has nothing to say")
     suite, python = base((ROOT / "Dockerfile").read_text())
     builder = Builder(folder)
     settings, volumes = lent(folder)
@@ -223,24 +231,22 @@ def _local(word: str) -> Path | None:
 
 
 def _needed() -> None:
-    missing = [program for program in ("debootstrap", "buildah") if shutil.which(program) is None]
+    missing = [program for program in ("debootstrap", "buildah", "unshare") if shutil.which(program) is None]
     if missing:
-        sys.exit(f"image-check needs {' and '.join(missing)}; on Debian: apt-get install {' '.join(missing)}")
+        sys.exit(f"image-check needs {' and '.join(missing)}; on Debian: apt-get install debootstrap buildah util-linux")
     if os.geteuid() != 0:
         sys.exit("image-check makes a root folder of its own and must run as root; sudo make image-check")
 
 
 @contextlib.contextmanager
 def _folder() -> Iterator[Path]:
-    """A temporary folder that goes with all that is mounted in it."""
+    """A temporary folder that goes at the end."""
     folder = Path(tempfile.mkdtemp(prefix="pennyweight-image-"))
     try:
         yield folder
     finally:
-        mounts = (line.split()[1] for line in reversed(Path("/proc/self/mounts").read_text().splitlines()))
-        for target in [m for m in mounts if Path(m).is_relative_to(folder)]:
-            subprocess.run(["umount", target], check=True)  # before anything is removed: what is mounted is not ours
-        shutil.rmtree(folder)
+        while folder.exists():  # a step that was cut short may be writing its last
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _must(holds: bool, else_: str) -> None:
