@@ -12,6 +12,7 @@ fault. It costs a forward more.
 from __future__ import annotations
 
 import dataclasses
+import errno
 import hashlib
 import os
 import shutil
@@ -32,7 +33,7 @@ from pennyweight.data.catalog import Catalog
 from pennyweight.export.graph import Answer, Graph, Input, graphs, reason
 from pennyweight.export.probe import Batch
 from pennyweight.export.targets import TARGETS, Arrived
-from pennyweight.model.bundle import Bundle, swap
+from pennyweight.model.bundle import Bundle, Placement, swap
 
 FORMAT = 1
 CATALOG = 20_000_000
@@ -150,8 +151,8 @@ def export(
     names = _names(targets)
     if out.exists() and not (out / "export.json").is_file():
         raise StorageError(f"{out} exists and is not an export; name another folder or remove it first")
-    engine = dataclasses.replace(bundle.runtime, threads=1)
-    with Runner(bundle.replace(runtime=engine), allow, fallback=True) as runner:
+    here = bundle.replace(runtime=dataclasses.replace(bundle.runtime, threads=1), placement=Placement())
+    with Runner(here, allow, fallback=True) as runner:
         leaving = graphs(bundle, runner, data, seed)
         with _folder(out) as folder:
             made = _made(bundle, runner, leaving, names, folder, seconds)
@@ -196,6 +197,8 @@ def _target(name: str, graph: Graph, folder: Path) -> tuple[Written, Arrived] | 
     except Exception as error:  # whatever an exporter or a runtime raises
         for file in set(folder.iterdir()) - before:
             shutil.rmtree(file) if file.is_dir() else file.unlink()
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise StorageError(f"could not write {folder.parent}: {error.strerror}; free some room") from error
         return Failed(name, graph.name, str(error) if isinstance(error, PennyweightError) else reason(error))
     shutil.rmtree(folder / "__pycache__", ignore_errors=True)
     files = tuple(_file(f) for f in sorted(set(folder.iterdir()) - before))

@@ -265,7 +265,8 @@ def reason(error: Exception, decided: str = "") -> str:
     if type(error).__name__ == "GuardOnDataDependentSymNode":
         return f"what forward does depends on the numbers it is given{spot}; write that with torch.where"
     if "specialized it to be a constant" in said or "satisfy the generated guard" in said:
-        return f"what forward does depends on the number of rows{spot or decided}; write it for any number"
+        decided = spot or decided
+        return f"what forward does depends on the number of rows{decided}; write it for any, with x.shape[0] for len(x)"
     return f"{type(error).__name__}{spot}: {said[:240]}"
 
 

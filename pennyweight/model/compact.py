@@ -75,14 +75,21 @@ class Linear(nn.Module):
 
     bias: Tensor | None
 
-    def __init__(self, weight: Weight, bias: Tensor | None) -> None:
+    def __init__(self, stored: Weight, bias: Tensor | None) -> None:
         super().__init__()
-        self.weight = weight
+        self.stored = stored
+        self.out_features, self.in_features = stored.shape
         self.register_buffer("bias", bias)
+
+    @property
+    def weight(self) -> Tensor:
+        """fp32 [outputs, inputs]."""
+        made: Tensor = self.stored()
+        return made
 
     def forward(self, input: Tensor) -> Tensor:
         """[..., outputs] fp32 from [..., inputs]."""
-        return F.linear(input.float(), self.weight(), self.bias)
+        return F.linear(input.float(), self.weight, self.bias)
 
 
 class Conv(nn.Module):
@@ -100,31 +107,46 @@ class Conv(nn.Module):
         return convolve(input.float(), self.weight().reshape(self.shape), self.bias, self.sizes)
 
 
-class Rows(nn.Module):
+class Lookup(nn.Module):
+    """A table: what ``nn.Embedding`` says of itself, for code that asks."""
+
+    def __init__(self, rows: int, dim: int) -> None:
+        super().__init__()
+        self.num_embeddings, self.embedding_dim = rows, dim
+
+    @property
+    def weight(self) -> Tensor:
+        """All rows, fp32 [rows, dim]."""
+        every: Tensor = self(torch.arange(self.num_embeddings))
+        return every
+
+
+class Rows(Lookup):
     """Rows of whole numbers, each with a scale and a bias; ``values`` are bytes, two or four numbers to a byte below 8 bits."""
 
     values: Tensor
     affine: Tensor
 
     def __init__(self, values: Tensor, affine: Tensor, bits: int, dim: int) -> None:
-        super().__init__()
-        self.bits, self.dim = bits, dim
+        super().__init__(len(values), dim)
+        self.bits = bits
         self.register_buffer("values", values)
         self.register_buffer("affine", affine)
 
     def forward(self, input: Tensor) -> Tensor:
         """fp32 rows [..., dim] of ids of any shape."""
         affine = F.embedding(input, self.affine).float()
-        return (numbers(F.embedding(input, self.values), self.bits) * affine[..., :1] + affine[..., 1:])[..., : self.dim]
+        values = numbers(F.embedding(input, self.values), self.bits)[..., : self.embedding_dim]
+        return values * affine[..., :1] + affine[..., 1:]
 
 
-class Halves(nn.Module):
+class Halves(Lookup):
     """fp16 rows, answered as fp32."""
 
     packed: Tensor
 
     def __init__(self, packed: Tensor) -> None:
-        super().__init__()
+        super().__init__(*packed.shape)
         self.register_buffer("packed", packed)
 
     def forward(self, input: Tensor) -> Tensor:
@@ -132,15 +154,14 @@ class Halves(nn.Module):
         return F.embedding(input, self.packed).float()
 
 
-class Codes(nn.Module):
+class Codes(Lookup):
     """Rows that are codes into codebooks ``books`` [parts, codes, width]."""
 
     codes: Tensor
     base: Tensor
 
     def __init__(self, codes: Tensor, books: Weight, dim: int) -> None:
-        super().__init__()
-        self.dim = dim
+        super().__init__(len(codes), dim)
         self.register_buffer("codes", codes)
         parts, count, _ = books.shape
         self.register_buffer("base", torch.arange(parts, dtype=torch.int32) * count)
@@ -153,15 +174,16 @@ class Codes(nn.Module):
     def forward(self, input: Tensor) -> Tensor:
         """fp32 rows [..., dim] of ids of any shape."""
         at = F.embedding(input, self.codes) + self.base
-        return F.embedding(at, self.books().flatten(0, 1)).flatten(-2)[..., : self.dim]
+        return F.embedding(at, self.books().flatten(0, 1)).flatten(-2)[..., : self.embedding_dim]
 
 
 class Bag(nn.Module):
     """Bags of equal length joined to one row each, as ``nn.EmbeddingBag`` joins a matrix of ids."""
 
-    def __init__(self, rows: nn.Module, mode: str, padding: int | None) -> None:
+    def __init__(self, rows: Lookup, mode: str, padding: int | None) -> None:
         super().__init__()
         self.rows, self.mode, self.padding = rows, mode, padding
+        self.num_embeddings, self.embedding_dim = rows.num_embeddings, rows.embedding_dim
 
     def forward(self, input: Tensor) -> Tensor:
         """[bags, dim] from ids [bags, length]; zero for a bag that holds only padding."""

@@ -45,7 +45,7 @@ class MatrixFactorization(nn.Module):
         vectors: Tensor = self.users(ids)
         if not self.bias:
             return vectors
-        return torch.cat([vectors, self.user_bias(ids), vectors.new_ones(len(ids), 1)], 1)
+        return torch.cat([vectors, self.user_bias(ids), torch.ones_like(vectors[:, :1])], 1)
 
     def item_vectors(self, batch: Batch) -> Tensor:
         """[N, dim], or [N, dim + 2] with biases."""
@@ -53,7 +53,7 @@ class MatrixFactorization(nn.Module):
         vectors: Tensor = self.items(ids)
         if not self.bias:
             return vectors
-        return torch.cat([vectors, vectors.new_ones(len(ids), 1), self.item_bias(ids)], 1)
+        return torch.cat([vectors, torch.ones_like(vectors[:, :1]), self.item_bias(ids)], 1)
 
     def forward(self, batch: Batch) -> Tensor:
         """Logits [B]."""

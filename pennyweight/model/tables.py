@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 from pennyweight.core.config import named
 from pennyweight.core.errors import ConfigError
-from pennyweight.model.compact import Bag, Codes, Halves, Rows, Weight
+from pennyweight.model import compact
 from pennyweight.model.packed import Packed, blank, pack_bits, scaled, unpack_bits
 from pennyweight.model.spec import Layer
 
@@ -210,10 +210,10 @@ class Lookup(Packed):
     def small(self) -> nn.Module:
         """The same table with its packed rows; a bag takes a matrix of ids there, no offsets and no weights."""
         rows = self.rows()
-        return (rows if self.layer.bag is None else Bag(rows, self.layer.bag, self.layer.padding)).eval()
+        return (rows if self.layer.bag is None else compact.Bag(rows, self.layer.bag, self.layer.padding)).eval()
 
     @abc.abstractmethod
-    def rows(self) -> nn.Module:
+    def rows(self) -> compact.Lookup:
         """The packed rows in ordinary operations: ids of any shape to fp32 rows."""
 
     def extra_repr(self) -> str:
@@ -230,9 +230,9 @@ class HalfTable(Lookup):
         super().__init__(layer)
         self.register_buffer("packed", torch.zeros(layer.rows, layer.dim, dtype=torch.float16))
 
-    def rows(self) -> nn.Module:
+    def rows(self) -> compact.Lookup:
         """fp16 rows."""
-        return Halves(self.packed)
+        return compact.Halves(self.packed)
 
     def form(self) -> None:
         """Nothing: rows are executed as stored."""
@@ -252,10 +252,10 @@ class RowwiseTable(Lookup):
         self.bits = BITS[layer.data_type]
         self.register_buffer("packed", torch.zeros(layer.rows, _row_bytes(layer.dim, layer.data_type), dtype=torch.uint8))
 
-    def rows(self) -> nn.Module:
+    def rows(self) -> compact.Lookup:
         """Values and, apart from them, each row's scale and bias."""
         values, affine = split_rows(self.packed, self.bits)
-        return Rows(values, affine, self.bits, self.layer.dim)
+        return compact.Rows(values, affine, self.bits, self.layer.dim)
 
     def form(self) -> Any:
         """The lookup operator; None where there is none for this device."""
@@ -301,12 +301,12 @@ class CodebookTable(Lookup):
         pairs = unpack_bits(self.packed, 4)[: layer.parts * layer.codes * layer.width]
         return (pairs.reshape(layer.parts, layer.codes, layer.width).to(torch.int8) - 8) * self.scale
 
-    def rows(self) -> nn.Module:
+    def rows(self) -> compact.Lookup:
         """The codes as they are, and the codebooks as they are stored."""
         layer = self.layer
         stored = self.codebooks.detach() if layer.data_type == "fp32" else self.packed
-        books = Weight(stored, (layer.parts, layer.codes, layer.width), getattr(self, "scale", None))
-        return Codes(self.codes, books, layer.dim)
+        books = compact.Weight(stored, (layer.parts, layer.codes, layer.width), getattr(self, "scale", None))
+        return compact.Codes(self.codes, books, layer.dim)
 
     def ready(self) -> Any:
         """As ever, but nothing is kept of codebooks in training: optimizers write into them unseen."""
