@@ -9,10 +9,11 @@ be slower than the layer they replace (VainF/Torch-Pruning issue 38).
 Neurons are taken out one at a time, each time the one whose loss the others can best make up for: least squares on
 calibration rows says what the next layer's weights become without it and what that costs (optimal brain surgeon, Hassibi &
 Stork 1993, on whole neurons). On MovieLens this left .016 AUC of loss before any training at a quarter of the neurons,
-where the largest activations with the same least squares left .026, and weights alone .025. It costs the cube of the width,
-a tenth of a second at 256. A convolution that reads is a dense layer over its patches, and a channel is then a block of inputs,
-as it is behind a flatten; above 4,096 inputs the sizes of weights decide. Distillation brings most of the rest back. Without
-data, the size of weights must do.
+where the largest activations with the same least squares left .026, and weights alone .025. A convolution that reads is a
+dense layer over its patches, and a channel is then a block of inputs, as it is behind a flatten. At half the channels and
+neurons of a small image net (mnist-5k) this left .971 of an accuracy of .972 before any training, weights alone .932; at a
+quarter, .966. It costs the cube of the inputs: a tenth of a second at 256, some ten at 3,136, and above 4,096 the sizes of
+weights decide, as they must without data. Distillation brings most of the rest back.
 """
 
 from __future__ import annotations

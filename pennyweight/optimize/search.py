@@ -35,8 +35,8 @@ from typing import Any
 import numpy.typing as npt
 
 from pennyweight.accelerate.tune import Engine, tune
-from pennyweight.compress.prune import foldable
 from pennyweight.compress.onnx import types as graph_types
+from pennyweight.compress.prune import foldable
 from pennyweight.core import hardware
 from pennyweight.core.budget import Budget, size
 from pennyweight.core.config import decode, dumps, encode, write
