@@ -321,6 +321,17 @@ def test_refusals(left: tuple[Bundle, Export, Path], tmp_path: Path, allow: tupl
         export(mine(Branching, width=3), tmp_path / "out", ["torch"], allow=allow)
 
 
+def test_weights_that_a_protobuf_cannot_hold_lie_beside_it(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, allow: tuple[str, ...]
+) -> None:
+    monkeypatch.setattr(ways, "LARGE", 500)
+    made = export(
+        mine(Straight, width=2000), tmp_path / "out", ["onnx"], allow=allow, data={"x": torch.randn(9, 2000)}, seconds=0.1
+    )
+    assert [f.name for f in made.written[0].files] == ["model.onnx", "model.onnx.data"]
+    assert made.written[0].files[1].bytes >= 8000
+
+
 # -- other models -----------------------------------------------------------------------------------------------------------
 
 
