@@ -450,7 +450,9 @@ def _takes(layer: nn.Module, norm: Norm, before: bool) -> bool:
     dense, conv = Dense.of(layer), Conv.of(layer)
     if conv is not None and conv.data_type == "fp32" and conv.dims == norm.dims:
         return before or (conv.groups == 1 and not any(conv.padding))
-    return dense is not None and dense.data_type == "fp32" and norm.dims == 1
+    if dense is None or dense.data_type != "fp32" or norm.dims != 1:
+        return False
+    return norm.features == (dense.outputs if before else dense.inputs)  # or else it is over another dimension
 
 
 def _folded(layer: nn.Module, norm: nn.BatchNorm1d, before: bool) -> nn.Module:
@@ -505,4 +507,4 @@ def _linear(layer: nn.Module) -> bool:
 
 def _norm(layer: nn.Module) -> bool:
     norm = Norm.of(layer)
-    return norm is not None and norm.kind == "batch"
+    return norm is not None and norm.kind == "batch" and norm.dims == 1

@@ -152,6 +152,8 @@ def scrambled(features: int, dims: int) -> nn.Module:
         (lambda: (scrambled(4, 1), nn.Conv1d(4, 6, 3, padding=1)), None),
         (lambda: (scrambled(4, 1), nn.Conv1d(4, 6, 3, groups=2)), None),
         (lambda: (nn.Conv1d(4, 6, 3), nn.ReLU(), scrambled(6, 1)), None),
+        (lambda: (scrambled(4, 1), nn.Linear(12, 5)), None),
+        (lambda: (nn.Linear(12, 5), scrambled(4, 1)), None),
     ],
 )
 def test_a_norm_folds_where_the_sums_allow_it(layers, home: str | None) -> None:

@@ -46,6 +46,7 @@ def test_chains_are_found_through_norms_activations_and_inner_sequentials(given:
         (linear(), nn.PReLU(8), linear()),
         (linear(), nn.Conv1d(8, 8, 1), linear()),
         (linear(), nn.BatchNorm1d(8, track_running_stats=False), linear()),
+        (linear(), nn.BatchNorm2d(8), linear()),
         (Dense(8, 8, data_type="int8").build(), nn.ReLU(), linear()),
         (linear(), nn.ReLU(), Dense(8, 8, data_type="int8").build()),
         (nn.Linear(8, 8, dtype=torch.float64), nn.ReLU(), linear()),
