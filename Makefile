@@ -7,7 +7,7 @@ EXTRAS := serve,report,onnx,keras,bench,test
 ONE := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 .DEFAULT_GOAL := help
 .SUFFIXES:
-.PHONY: help env demo test lint format type docs bench test-browser test-slow image-check clean
+.PHONY: help env demo test lint format type docs bench test-browser test-slow browser-example image-check clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z%-]+:.*## /{printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -61,6 +61,12 @@ test-browser: .venv/browser ## page and report in a real browser (Debian's chrom
 
 test-slow: .venv/stamp ## what takes minutes
 	$(BIN)/python -m pytest -m slow $(ARGS)
+
+runs/demo/best:
+	$(BIN)/pennyweight demo --out runs/demo
+
+browser-example: .venv/stamp | runs/demo/best ## build examples/browser/site: digits and films in a browser (npm)
+	$(BIN)/python examples/browser/build.py $(ARGS)
 
 image-check: .venv/stamp ## run the Dockerfile in a fresh Debian root and ask its service (root, debootstrap, buildah)
 	$(BIN)/python deploy/imagecheck.py $(ARGS)

@@ -9,7 +9,7 @@ const SHOWN = 0.075; // width of the pen in the field
 const LARGER = 4; // a drawing is blown up at most so much, or a dot would become a blot
 
 const field = find("field"), seen = find("seen");
-let how, graph, ran, strokes = [], pen = null, down = false, busy = false, dirty = false;
+let how, graph, ran, strokes = [], stroke = [], pen = null, down = false, busy = false, dirty = false;
 
 export async function start(facts, graphs, timed) {
   [how, graph, ran] = [facts.preparation, graphs.model, timed];
@@ -58,7 +58,7 @@ function fitted(strokes, how, width) {
 
 function inked(strokes, place, side, width) {
   const size = side * FINE, cells = new Float32Array(side * side);
-  const pad = Object.assign(document.createElement("canvas"), { width: size, height: size }).getContext("2d", { willReadFrequently: true });
+  const pad = element("canvas", { width: size, height: size }).getContext("2d", { willReadFrequently: true });
   trace(pad, strokes, ([x, y]) => [FINE * (place.across * x + place.x), FINE * (place.down * y + place.y)], FINE * width);
   const dots = pad.getImageData(0, 0, size, size).data;
   for (let y = 0; y < size; y++) {
@@ -147,6 +147,11 @@ function say(heading, text, bad = false) {
   find("digit-status").classList.toggle("bad", bad);
 }
 
+function begin(at) {
+  stroke = [at];
+  strokes.push(stroke);
+}
+
 function point(event) {
   const box = field.getBoundingClientRect();
   return [(event.clientX - box.left) / box.width, (event.clientY - box.top) / box.height];
@@ -156,19 +161,20 @@ field.addEventListener("pointerdown", (event) => {
   if (event.button) return;
   field.setPointerCapture(event.pointerId);
   pen = null;
-  strokes.push([point(event)]);
+  down = false;
+  begin(point(event));
   changed();
 });
 field.addEventListener("pointermove", (event) => {
   if (!field.hasPointerCapture(event.pointerId)) return;
   const missed = event.getCoalescedEvents?.() ?? [];
-  strokes.at(-1).push(...(missed.length ? missed : [event]).map(point));
+  stroke.push(...(missed.length ? missed : [event]).map(point));
   changed();
 });
 
 const arrows = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1] };
 const keys = {
-  " ": () => { pen ??= [0.5, 0.2]; down = !down; if (down) strokes.push([[...pen]]); },
+  " ": () => { pen ??= [0.5, 0.2]; down = !down; if (down) begin([...pen]); },
   Backspace: () => { down = false; strokes.pop(); },
   Escape: () => { down = false; strokes = []; },
 };
@@ -176,7 +182,7 @@ const keys = {
 function move([x, y]) {
   const [from, inside] = [pen ?? [0.5, 0.2], (place) => Math.min(0.97, Math.max(0.03, place))];
   pen = [inside(from[0] + STEP * x), inside(from[1] + STEP * y)];
-  if (down) strokes.at(-1).push([...pen]);
+  if (down) stroke.push([...pen]);
 }
 
 field.addEventListener("keydown", (event) => {

@@ -11,10 +11,13 @@ let films, columns, askers, graphs, ran, popular, liked = [], order = [], asked 
 export async function start(facts, loaded, timed) {
   [graphs, ran] = [loaded, timed];
   const { id, title, year, genres, popularity, features } = facts.items;
-  films = id.map((id, at) => ({ at, id, title: title[at] ?? `${id}`, facts: [year[at], genres[at]?.replaceAll(", ", " · ")].filter(Boolean).join(" · "),
-    words: folded(title[at] ?? `${id}`) }));
+  films = id.map((id, at) => {
+    const name = title[at] ?? `${id}`, below = [year[at], genres[at]?.replaceAll(", ", " · ")].filter(Boolean).join(" · ");
+    return { at, id, title: name, facts: below, words: folded(name) };
+  });
   popular = films.map((film) => film.at).sort((a, b) => popularity[b] - popularity[a]);
-  columns = Object.fromEntries(Object.entries(features).map(([name, rows]) => [name, { width: rows[0].length ?? 0, values: rows.flat() }]));
+  const flat = (rows) => ({ width: rows[0].length ?? 1, values: rows.flat() });
+  columns = Object.fromEntries(Object.entries(features).map(([name, rows]) => [name, flat(rows)]));
   askers = Object.fromEntries(facts.asker.map((column) => [column.name, column]));
   await refresh();
 }
@@ -25,8 +28,8 @@ function tensor({ column, dtype, shape }, rows) {
   const values = new (whole ? BigInt64Array : Float32Array)(count * shape.slice(1).reduce((a, b) => a * b, 1));
   const as = whole ? BigInt : Number;
   if (column in columns) {
-    const { width, values: all } = columns[column], step = width || 1;
-    rows.forEach((film, row) => { for (let k = 0; k < step; k++) values[row * step + k] = as(all[film * step + k]); });
+    const { width, values: all } = columns[column];
+    rows.forEach((film, row) => { for (let k = 0; k < width; k++) values[row * width + k] = as(all[film * width + k]); });
   } else {
     const row = asker(askers[column]).map(as);
     for (let at = 0; at < values.length; at++) values[at] = row[at % row.length];
@@ -58,8 +61,9 @@ async function answer() {
   const candidates = every ? best(kept, kept.map((film) => every[film]), CANDIDATES).map(({ film }) => film) : kept;
   const top = best(candidates, await scored(graphs.model, candidates), TOP);
   const ms = performance.now() - began;
-  const note = `${candidates.length.toLocaleString("en")} of ${all.length.toLocaleString("en")} films ranked in ${ms.toFixed(1)} ms in this browser`;
-  return { heading: "For you", top, note, candidates };
+  const [some, of] = [candidates, all].map(({ length }) => length.toLocaleString("en"));
+  const note = `${some} of ${of} films ranked in ${ms.toFixed(1)} ms in this browser`;
+  return { heading: "For you", top, note };
 }
 
 // An answer that a newer question has overtaken is dropped.
@@ -68,12 +72,12 @@ async function refresh() {
   showTaste();
   list.setAttribute("aria-busy", "true");
   try {
-    const { heading, top, note, candidates } = await answer();
+    const { heading, top, note } = await answer();
     if (mine !== asked) return;
     find("films-answer").textContent = heading;
     show(top);
     say(note);
-    Object.assign(last, { liked: liked.map(({ id }) => id), top: top.map(({ film, score }) => [films[film].id, score]), candidates: candidates?.map((film) => films[film].id) });
+    Object.assign(last, { liked: liked.map(({ id }) => id), top: top.map(({ film, score }) => [films[film].id, score]) });
     ran();
   } catch (error) {
     if (mine === asked) say(error.message, true);
@@ -97,7 +101,8 @@ function row(film, score, rank, before) {
   const like = element("button", { type: "button", textContent: "Like", onclick: () => add(film, like) });
   like.setAttribute("aria-label", `Like ${film.title}`);
   const text = element("div", {}, element("span", { className: "title", textContent: film.title }));
-  if (fresh || climbed > 0) text.append(element("span", { className: "moved", textContent: fresh ? "new" : `▲ ${climbed}`, title: fresh ? "not in the last list" : "places up" }));
+  const moved = fresh ? ["new", "not in the last list"] : [`▲ ${climbed}`, "places up"];
+  if (fresh || climbed > 0) text.append(element("span", { className: "moved", textContent: moved[0], title: moved[1] }));
   const below = element("div", { className: "genres", textContent: film.facts });
   if (score !== undefined) below.append(film.facts && " · ", element("span", { className: "score", textContent: `score ${score.toFixed(3)}` }));
   text.append(below);
@@ -147,8 +152,9 @@ function open() {
   active = -1;
   options = matching(search.value);
   const rows = options.map((film, i) => {
-    const node = element("li", { id: `option-${i}`, role: "option", ariaSelected: "false", onmousedown: (event) => { event.preventDefault(); take(i); } });
-    node.append(film.title, element("small", { textContent: film.facts }));
+    const onmousedown = (event) => { event.preventDefault(); take(i); };
+    const node = element("li", { id: `option-${i}`, role: "option", onmousedown }, film.title, element("small", { textContent: film.facts }));
+    node.setAttribute("aria-selected", "false");
     return node;
   });
   found.replaceChildren(...(rows.length ? rows : [element("li", { className: "none", textContent: "Nothing found" })]));
