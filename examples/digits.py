@@ -34,11 +34,11 @@ def network(seed: int = 0) -> keras.Model:
     return model
 
 
-def trained(data: Split, seed: int = 0) -> tuple[Model, Fit]:
+def trained(data: Split, seed: int = 0, recipe: Recipe = RECIPE) -> tuple[Model, Fit]:
     """The same network trained by ``pennyweight.fit``."""
     model = of(network(seed), logits=True)
     module = model.build(copy=True)
-    fit = pennyweight.fit(module, data.train, data.valid, RECIPE, inputs=model.spec.inputs, seed=seed)
+    fit = pennyweight.fit(module, data.train, data.valid, recipe, inputs=model.spec.inputs, seed=seed)
     return Model.of(module, model.spec), fit
 
 

@@ -62,9 +62,6 @@ OF_TASK: dict[Task, tuple[str, ...]] = {
 BATCH = 128
 """Rows a step of recovery, where no recipe is given."""
 
-TEACHERS = 2
-"""Models trained from other seeds to teach beside the given one; only where it is known how it was trained."""
-
 
 def optimize(
     model: Any,
@@ -83,6 +80,7 @@ def optimize(
     seconds: float = 600.0,
     epochs: int = 10,
     tries: int = 3,
+    teachers: int = 4,
     seed: int = 0,
     out: str | os.PathLike[str] | None = None,
     resume: bool = False,
@@ -111,6 +109,8 @@ def optimize(
         seconds: compute cap of the search, proof included.
         epochs: epochs of recovery at most.
         tries: structures trained at most; 0 keeps to what needs no training.
+        teachers: models trained from other seeds to teach beside the given one, in at most a third of ``seconds``; only
+            with a recipe, since only then it is known how.
         seed: every random number follows from it.
         out: a folder for the best bundle, the record, the summary and the report.
         resume: take finished trials from ``out``.
@@ -140,7 +140,7 @@ def optimize(
         epochs=epochs,
         candidates=rows,
         tries=tries,
-        teachers=TEACHERS if given else 0,
+        teachers=teachers if given else 0,
         force=force,
         model=_name(model),
         data=f"{task}; {' / '.join(f'{len(p):,}' for p in parts)} rows to train, choose, prove",

@@ -191,6 +191,8 @@ def test_the_summary_is_json_with_what_scripts_ask(proven: Result, undecided: Re
     assert found["proven"] is True and found["nearest"] is None
     assert (found["drop_upper_95"], found["margin"]) == (proven.chosen.proof.drop_upper_95, proven.chosen.proof.margin)
     assert found["plan"] == proven.chosen.plan.describe() and found["seconds"] > 0 and found["control"]["auc"] > 0.5
+    assert [t["plan"] for t in found["trials"]] == [t.plan.describe() for t in proven.trials]
+    assert [(e["run"], e["loss"], e["metric"]) for e in found["epochs"]] == [(e.run, e.loss, e.metric) for e in proven.epochs]
     failed = json.loads(dumps(summary(undecided)))
     assert failed["chosen"] is None and failed["proven"] is False and failed["nearest"]["bytes"] > 0
     assert (failed["rows_needed"], failed["drop_upper_95"]) == (40_301, 0.0050001)

@@ -172,9 +172,8 @@ def _digit(seen: dict[str, Any]) -> dict[str, Any]:
         if len(inputs) == 1 and pixels == preparation.side**2:
             return {**seen, "preparation": encode(preparation)}
     sides = " or ".join(f"{p.side} x {p.side}" for p in PREPARATIONS)
-    raise ConfigError(
-        f"the digit classifier takes {len(inputs)} inputs, the first of {pixels} numbers; {sides} pixels are needed"
-    )
+    taken = ", ".join(f"{i['name']} [{', '.join(map(str, i['shape']))}]" for i in inputs)
+    raise ConfigError(f"the digit classifier takes {taken}; one input of {sides} pixels is needed")
 
 
 def _catalog(recommender: Bundle) -> Catalog:

@@ -9,6 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from pennyweight.core.budget import size
+from pennyweight.core.config import encode
 from pennyweight.optimize.prove import about, exactly, rounded
 from pennyweight.optimize.trial import Part, Quality, Result, Trial
 from pennyweight.report.view import cost_of, gains, missing, ms, name_of, over, roles, shown, upper
@@ -39,7 +40,14 @@ def summary(result: Result) -> dict[str, Any]:
         "budget": result.budget,
         "candidates": cost_of(result.baseline).candidates,
         "seconds": round(result.seconds, 1),
+        "epochs": encode(result.epochs),
+        "trials": [_tried(t) for t in result.trials],
     }
+
+
+def _tried(trial: Trial) -> dict[str, Any]:
+    held = {q.metric: q.value for q in (trial.validation,) if q}
+    return {"plan": trial.plan.describe(), **_brief(trial), "validation": held, "seconds": trial.seconds, "note": trial.note}
 
 
 def _brief(trial: Trial) -> dict[str, Any]:

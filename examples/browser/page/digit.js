@@ -95,11 +95,13 @@ async function changed() {
   dirty = true;
   if (busy) return;
   busy = true;
+  field.dataset.busy = "";
   while (dirty) {
     dirty = false;
     await read().catch((error) => say("The model failed", error.message, true));
   }
   busy = false;
+  delete field.dataset.busy;
 }
 
 async function read() {
