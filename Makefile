@@ -62,7 +62,7 @@ test-browser: .venv/browser ## page and report in a real browser (Debian's chrom
 test-slow: .venv/stamp ## what takes minutes
 	$(BIN)/python -m pytest -m slow $(ARGS)
 
-runs/demo/best:
+runs/demo/best: | .venv/stamp
 	$(BIN)/pennyweight demo --out runs/demo
 
 browser-example: .venv/stamp | runs/demo/best ## build examples/browser/site: digits and films in a browser (npm)

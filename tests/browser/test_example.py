@@ -20,7 +20,8 @@ from pennyweight.data.dataset import Dataset
 from pennyweight.model import graph
 from pennyweight.model.bundle import Bundle, save
 from pennyweight.model.ranking import DNN
-from pennyweight.model.spec import Model, spec_of
+from pennyweight.model.sequential import SASRec
+from pennyweight.model.spec import Model, Spec, spec_of
 from pennyweight.model.spec import build as built
 from pennyweight.model.transform import Env, plan
 from pennyweight.serve.worker import Query, Worker
@@ -28,19 +29,8 @@ from pennyweight.serve.worker import Query, Worker
 in_browser = pytest.mark.browser
 Stroke = Sequence[tuple[float, float]]
 
-THREE: list[Stroke] = [
-    [
-        (0.3, 0.25),
-        (0.45, 0.17),
-        (0.64, 0.22),
-        (0.66, 0.36),
-        (0.48, 0.47),
-        (0.66, 0.56),
-        (0.68, 0.75),
-        (0.48, 0.83),
-        (0.28, 0.75),
-    ]
-]
+UPPER, LOWER = [(0.3, 0.25), (0.45, 0.17), (0.64, 0.22), (0.66, 0.36)], [(0.66, 0.56), (0.68, 0.75), (0.48, 0.83), (0.28, 0.75)]
+THREE: list[Stroke] = [[*UPPER, (0.48, 0.47), *LOWER]]
 SEVEN: list[Stroke] = [[(0.3, 0.2), (0.7, 0.2), (0.45, 0.8)], [(0.4, 0.5), (0.65, 0.5)]]
 
 
@@ -67,7 +57,16 @@ def digit() -> Bundle:
 @pytest.fixture(scope="module")
 def ranker(movies: Dataset) -> Bundle:
     """A model that only ranks: every film is its candidate."""
-    spec = spec_of(DNN, columns=movies.schema.columns, dim=4, hidden=(16,), norm=False)
+    return untrained(spec_of(DNN, columns=movies.schema.columns, dim=4, hidden=(16,), norm=False), movies)
+
+
+@pytest.fixture(scope="module")
+def sequential(movies: Dataset) -> Bundle:
+    """A model to which the order of what is liked matters, and where the padding is."""
+    return untrained(spec_of(SASRec, columns=movies.schema.columns, dim=8, blocks=1), movies)
+
+
+def untrained(spec: Spec, movies: Dataset) -> Bundle:
     torch.manual_seed(1)
     return Bundle(Model.of(built(spec).eval(), spec), catalog=movies.catalog)
 
@@ -127,9 +126,8 @@ def draw(page: Any, strokes: Sequence[Stroke], scale: float = 1.0, shift: float 
     """With the mouse, in shares of the field."""
     box = page.locator("#field").bounding_box()
     for stroke in strokes:
-        points = [
-            (box["x"] + (x * scale + shift) * box["width"], box["y"] + (y * scale + shift) * box["height"]) for x, y in stroke
-        ]
+        shares = [(x * scale + shift, y * scale + shift) for x, y in stroke]
+        points = [(box["x"] + x * box["width"], box["y"] + y * box["height"]) for x, y in shares]
         page.mouse.move(*points[0])
         page.mouse.down()
         for point in points[1:]:
@@ -142,7 +140,7 @@ def drawn(page: Any, strokes: Sequence[Stroke], **how: float) -> tuple[np.ndarra
     if page.locator("#wipe").is_enabled():
         page.locator("#wipe").click()
     draw(page, strokes, **how)
-    page.wait_for_timeout(100)
+    page.wait_for_selector("#field:not([data-busy])")
     answer = page.evaluate("[Array.from(pennyweight.pixels), pennyweight.probabilities]")
     return np.array(answer[0], np.float32), np.array(answer[1])
 
@@ -196,7 +194,7 @@ def test_a_digit_can_be_drawn_with_keys_alone(page: Callable[..., Any]) -> None:
 
 
 @in_browser
-@pytest.mark.parametrize("films", ["cascade", "ranker"], indirect=True)
+@pytest.mark.parametrize("films", ["cascade", "ranker", "sequential"], indirect=True)
 def test_picked_films_give_what_python_gives(page: Callable[..., Any], films: Bundle) -> None:
     here = page()
     popular = here.locator("#list .title").all_text_contents()
@@ -258,15 +256,14 @@ def test_the_foot_says_what_each_part_weighs_and_took(page: Callable[..., Any]) 
 @in_browser
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [390, 768, 1280])
-def test_it_fits_and_can_be_read(page: Callable[..., Any], width: int, scheme: str, contrasts: str, tmp_path: Path) -> None:
+def test_it_fits_and_can_be_read(page: Callable[..., Any], width: int, scheme: str, contrasts: str) -> None:
     """Nothing sticks out sideways, all text has the contrast WCAG asks for, and everything has a name."""
     here = page(width, scheme)
     draw(here, THREE)
     pick(here, "heat")
     assert here.evaluate("document.documentElement.scrollWidth") <= width
-    texts = here.evaluate(
-        contrasts, "h1, h2, h3, p, a, label, span, b, small, output, summary, figcaption, button, th, td, .genres"
-    )
+    words = "h1, h2, h3, p, a, label, span, b, small, output, summary, figcaption, button, th, td, .genres"
+    texts = here.evaluate(contrasts, words)
     assert len(texts) > 60
     assert [text for ratio, text in texts if ratio < 4.5] == []
     nameless = here.evaluate(
@@ -294,7 +291,7 @@ def test_bundles_of_another_kind_are_refused(cascade: Bundle, movies: Dataset, t
 
 def test_a_classifier_of_other_pixels_is_refused(cascade: Bundle, tmp_path: Path) -> None:
     wide = Bundle(graph.of(torch.nn.Sequential(torch.nn.Linear(100, 10)).eval(), [torch.zeros(2, 100)], ["x"]))
-    with pytest.raises(ConfigError, match=r"1 inputs, the first of 100 numbers; 8 x 8 or 28 x 28 pixels"):
+    with pytest.raises(ConfigError, match=r"takes x \[rows, 100\]; one input of 8 x 8 or 28 x 28"):
         build.site(tmp_path / "site", wide, cascade, tmp_path)
     assert not list(tmp_path.iterdir())
 
