@@ -300,3 +300,11 @@ def test_a_folder_of_something_else_is_left_alone(cascade: Bundle, tmp_path: Pat
     save(cascade, tmp_path / "site")
     with pytest.raises(StorageError, match="is not a site"):
         build.site(tmp_path / "site", cascade, cascade, tmp_path)
+
+
+def test_without_npm_the_remedy_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "package.json").write_text((build.HERE / "package.json").read_text())
+    monkeypatch.setattr(build, "HERE", tmp_path)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(DeviceError, match=r"npm is missing.*apt-get install npm"):
+        build.runtime()
