@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from rich.console import Console
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -391,7 +392,7 @@ def test_an_onnx_model_leaves_as_its_own_graph(left: tuple[Bundle, Export, Path]
 def test_the_command_prints_and_fails_for_what_was_named(
     ranker: Bundle, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setattr(cli, "out_console", Console(width=250))
     monkeypatch.setitem(TARGETS, "openvino", Target(ways.to_openvino, ("no_such_package",), "pip install it"))
     folder = save(ranker, tmp_path / "bundle")
     with pytest.raises(DeviceError, match=r"not exported to openvino; .*bundle-export holds the others"):
