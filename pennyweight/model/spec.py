@@ -49,6 +49,10 @@ class Layer(abc.ABC):
         """Floating point operations each time it is used (a multiply and an add are two): a row, a lookup, a position."""
 
 
+STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
+"""Buffers that training writes."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Spec:
     """How to build a module: ``factory(**args)``, then each of ``layers`` put at its path."""
@@ -97,14 +101,14 @@ class Model:
 def seeded(spec: Spec, seed: int, allow: Sequence[str] = (), buffers: Mapping[str, Tensor] | None = None) -> nn.Module:
     """The module a spec describes with the initial weights of a seed; the caller's random state is left alone.
 
-    ``buffers`` is the state of a model of this spec, to take buffers from: they may hold constants that nobody trains.
+    ``buffers`` is the state of a model of this spec, to take constants from that nobody trains; norms start afresh.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         module = build(spec, allow)
     for name, tensor in module.named_buffers():
-        if buffers is not None:
-            tensor.copy_(buffers[name])
+        if name in (buffers or {}) and name.rpartition(".")[2] not in STATISTICS:
+            tensor.copy_((buffers or {})[name])
     return module
 
 

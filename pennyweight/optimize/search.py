@@ -503,7 +503,9 @@ class Search:
     def sequence(self) -> list[Trial]:
         """Finalists from safest to cheapest: each cheaper than the one before, and none but the best for its price."""
         fit = [t for t in self.trials if t.name != "control" and self.acceptable(t)]
-        fit.sort(key=self._objective)
+        # The runtime was chosen by a longer measurement than a trial's: a plan that has one stands for the same without.
+        tuned = {t.plan.transforms[:-1] for t in fit if t.plan.transforms and t.plan.transforms[-1].stage == "runtime"}
+        fit = sorted((t for t in fit if t.plan.transforms not in tuned), key=self._objective)
         kept: list[Trial] = []
         for trial in fit:
             if not kept or _bound(trial) < _bound(kept[-1]):

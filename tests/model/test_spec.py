@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from pennyweight.core.config import dumps, loads
 from pennyweight.core.errors import BundleError, ConfigError
 from pennyweight.data.schema import Column
+from pennyweight.model import graph
 from pennyweight.model.dense import Dense
-from pennyweight.model.ranking import DNN
-from pennyweight.model.spec import Model, Spec, build, call, leaves, replace, resolve, spec_of
+from pennyweight.model.ranking import DNN, DeepFM
+from pennyweight.model.spec import Model, Spec, build, call, leaves, replace, resolve, seeded, spec_of
 from pennyweight.model.tables import Table
 
 COLUMNS = (
@@ -139,3 +140,24 @@ def test_a_root_cannot_be_replaced_by_a_path_that_is_not_there() -> None:
     assert isinstance(module[0], nn.Identity)
     with pytest.raises(ConfigError, match=r"no layer '0\.weights'"):
         replace(module, "0.weights", nn.Identity())
+
+
+def test_a_seeded_module_keeps_constants_and_starts_norms_afresh() -> None:
+    spec = spec_of(DeepFM, columns=COLUMNS, dim=4, hidden=[8])
+    used = seeded(spec, 0)
+    used(dict.fromkeys(("user", "item"), torch.tensor([3, 4, 5])))  # a step in training moves the norm's statistics
+    made = seeded(spec, 1, buffers=used.state_dict())
+    assert torch.equal(made.mlp[1].running_mean, torch.zeros(8)) and not torch.equal(made.mlp[0].weight, used.mlp[0].weight)
+
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.head = nn.Linear(3, 1)
+            self.register_buffer("scale", torch.tensor([1.0, 2.0, 3.0]))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(x * self.scale)
+
+    taken = graph.of(Scaled(), (torch.ones(2, 3),), ("x",))
+    fresh = seeded(taken.spec, 1, buffers=taken.state)
+    assert torch.equal(fresh.get_buffer("scale"), torch.tensor([1.0, 2.0, 3.0]))
