@@ -27,6 +27,7 @@ from pennyweight.core.errors import Infeasible
 from pennyweight.data import loaders
 from pennyweight.data.dataset import Dataset, Split
 from pennyweight.model import graph, metrics
+from pennyweight.model.spec import Model
 from pennyweight.model.train import Fit, Recipe, scores
 from pennyweight.optimize import prove
 from pennyweight.optimize.evaluate import Bench, race
@@ -53,8 +54,10 @@ class Bars:
     """Rows scored at once where speed is compared."""
 
 
-def compressed(id: str, model: Any, parts: Split, budget: str, recipe: Recipe, fit: Fit, bars: Bars, o: Options) -> list[Row]:
-    """The rows of one optimization; ``bars.rows`` are scored at once."""
+def compressed(
+    id: str, model: Any, parts: Split, budget: str, recipe: Recipe, fit: Fit, bars: Bars, o: Options
+) -> tuple[list[Row], pennyweight.Bundle | None]:
+    """The rows of one optimization and its bundle; ``bars.rows`` are scored at once."""
     settings: dict[str, Any] = (
         {"seconds": 20, "tries": 1, "epochs": 1, "force": True} if o.quick else {"seconds": 300, "epochs": 15}
     )
@@ -62,8 +65,8 @@ def compressed(id: str, model: Any, parts: Split, budget: str, recipe: Recipe, f
     try:
         outcome = pennyweight.optimize(model, parts, QUICK if o.quick else budget, **settings)  # type: ignore[operator]
     except Infeasible as error:
-        return [Row(id, "compression_ratio", 1, 1, 1, bar=bars.smaller, note=str(error).splitlines()[0])]
-    return rows_of(id, outcome, bars)
+        return [Row(id, "compression_ratio", 1, 1, 1, bar=bars.smaller, note=str(error).splitlines()[0])], None
+    return rows_of(id, outcome, bars), outcome.bundle
 
 
 def rows_of(id: str, outcome: Outcome, bars: Bars) -> list[Row]:
@@ -123,7 +126,7 @@ def keras_mnist(o: Options) -> list[Row]:
         peer=f"keras {digits.keras.__version__} on torch {torch.__version__}", peer_value=float(np.median(theirs)),
     )  # fmt: skip
     model, fit = digits.trained(parts)
-    rest = compressed("keras-mnist", model, parts, digits.BUDGET, recipe, fit, Bars(10, 3, 0.003, 1000), o)
+    rest, _ = compressed("keras-mnist", model, parts, digits.BUDGET, recipe, fit, Bars(10, 3, 0.003, 1000), o)
     return [training, *rest]
 
 
@@ -158,7 +161,8 @@ def cnn_mnist(o: Options) -> list[Row]:
     net, fit = images.trained(parts)
     accuracy = _quality("accuracy", net, parts.test, ["x"])
     first = Row("cnn-mnist", "baseline", accuracy, accuracy, accuracy, bar=0.96, note="test accuracy of the given network")
-    return [first, *compressed("cnn-mnist", net, parts, images.BUDGET, images.RECIPE, fit, Bars(8, 2, 0.01), o)]
+    rest, _ = compressed("cnn-mnist", net, parts, images.BUDGET, images.RECIPE, fit, Bars(8, 2, 0.01), o)
+    return [first, *rest]
 
 
 def movie_review(o: Options) -> list[Row]:
@@ -216,8 +220,16 @@ def risk(o: Options) -> list[Row]:
     note = "test AUC; gradient boosting chosen on validation among learning rates and leaves; bar: within .01 of it"
     peer = "scikit-learn HistGradientBoosting"
     level = Row("credit", "baseline", mine, mine, mine, bar=boosted - 0.01, peer=peer, peer_value=boosted, note=note)
-    rows = compressed("credit", model, parts, credit.BUDGET, credit.RECIPE, fit, Bars(8, 3, 0.003), o)
-    return [level, *rows]
+    rows, bundle = compressed("credit", model, parts, credit.BUDGET, credit.RECIPE, fit, Bars(8, 3, 0.003), o)
+    return [level, *rows, *([_calibrated(model, bundle, parts.test)] if bundle else [])]
+
+
+def _calibrated(model: Model, bundle: pennyweight.Bundle, test: Dataset) -> Row:
+    """Expected calibration error before and after, on the same rows."""
+    error, labels = metrics.METRICS["calibration_error"].of, test.column("label")
+    before, after = error(labels, scores(model.build(), test)), error(labels, run(bundle, test))
+    note = f"test rows; 15 bins; given {before:.4f}; bar: .005 above it"
+    return Row("credit", "calibration_error", after, after, after, bar=before + 0.005, baseline=before, at_most=True, note=note)
 
 
 def boosting(parts: Split, quick: bool) -> float:
