@@ -3,8 +3,8 @@
 The baseline's width, dropout, embedding L2, batch and learning rate were picked by hand from small searches by validation AUC,
 and so was the L2 of matrix factorization, which stands beside it with two kinds of popularity. Some of those searches printed
 the test AUC too; ``benchmarks/sample.py`` is the clean grid of 24 around it: its best by validation (.7798) lies among this
-recipe's own seeds (.7776 to .7826), and is no better on test (.7776, where three seeds here have a mean of .7784). What runs here looks at the test rows only for the references and
-the proof.
+recipe's own seeds (.7776 to .7826), and is no better on test (.7776, where three seeds here have a mean of .7784). What runs
+here looks at the test rows only for the references and the proof.
 """
 
 from __future__ import annotations
