@@ -17,7 +17,7 @@ ENV PATH=/opt/pennyweight/bin:$PATH PIP_CONSTRAINT=/src/constraints.txt PIP_DISA
 # PyTorch first and alone: most of the bytes, and they change with constraints.txt only. Its index is asked for nothing else.
 # hadolint ignore=DL3013
 RUN python3 -m venv /opt/pennyweight \
-    && pip install --no-cache-dir --no-deps --index-url "${TORCH_INDEX}" torch
+    && pip install --no-cache-dir --no-deps -i "${TORCH_INDEX}" torch
 COPY pyproject.toml README.md LICENSE ./
 COPY pennyweight ./pennyweight
 # hadolint ignore=DL3013

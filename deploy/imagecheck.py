@@ -74,12 +74,12 @@ class Builder:
         self("config", "--env", "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", container)
         self.said("commit", "--quiet", "--rm", "--signature-policy", str(self.folder / "policy.json"), container, BASE)
 
-    def build(self, volumes: Sequence[str], torch_index: str) -> dict[str, Any]:
+    def build(self, volumes: Sequence[str], torch_index: str | None) -> dict[str, Any]:
         """Run the Dockerfile; the configuration of the image it makes."""
         self(
             "build", "--format", "docker", "--signature-policy", str(self.folder / "policy.json"), "--tag", IMAGE,
             *(f"--volume={volume}" for volume in volumes),
-            *(f"--build-arg={name}={value}" for name, value in (("BASE", BASE), ("TORCH_INDEX", torch_index))),
+            *(f"--build-arg={name}={value}" for name, value in (("BASE", BASE), ("TORCH_INDEX", torch_index)) if value),
             str(ROOT),
         )  # fmt: skip
         made: dict[str, Any] = json.loads(self.said("inspect", "--type", "image", IMAGE))
@@ -149,7 +149,10 @@ def main() -> None:
     """Make a place of its own for the check, and clear it away."""
     asked = argparse.ArgumentParser(description="Build the Dockerfile in a fresh Debian root and ask its service.")
     asked.add_argument("--bundle", type=Path, help="what to serve; runs/demo/best, or one trained by the image, by default")
-    asked.add_argument("--torch-index", help="where PyTorch's wheels are; where this machine's pip looks, by default")
+    asked.add_argument(
+        "--torch-index",
+        help="where PyTorch's wheels are; by default where this machine's pip is told to look, or the Dockerfile's own",
+    )
     asked.add_argument("--inside", type=Path, help=argparse.SUPPRESS)
     given = asked.parse_args()
     if given.inside:
@@ -173,7 +176,7 @@ def check(folder: Path, bundle: Path | None, torch_index: str | None) -> None:
     settings, volumes = lent(folder)
     builder.base(suite, python)
     _say(f"a fresh Debian {suite} stands in for python:{python}")
-    made = builder.build(volumes, torch_index or settings.get("index-url", "https://pypi.org/simple"))
+    made = builder.build(volumes, torch_index or settings.get("index-url"))
     config = made["Docker"]["config"]
     _say(f"built; user {config['User']}, command {' '.join(config['Cmd'])}")
     service = Service(builder, config, bundle or trained(builder, folder))

@@ -27,7 +27,7 @@ from pennyweight.core import hardware
 from pennyweight.core.budget import Budget, parse
 from pennyweight.core.errors import ConfigError, DataError, DeviceError, Infeasible
 from pennyweight.core.hardware import Topology
-from pennyweight.data.arrays import Pairs
+from pennyweight.data.arrays import EXAMPLE, Pairs
 from pennyweight.data.dataset import Dataset, Split
 from pennyweight.distribute.planner import Place
 from pennyweight.job import draw
@@ -272,7 +272,7 @@ def _parted(
     """The task, and the rows to train, to choose and to prove."""
     if isinstance(data, Pairs):
         whole = data.join(test) if isinstance(test, Pairs) else data
-        outputs = _outputs(model, whole.dataset(), allow)
+        outputs = _outputs(model, whole.head(EXAMPLE).dataset(), allow)
         task = _task(whole.labels, outputs, task)
         every = whole.dataset(outputs.shape[1] if task == "multi-class" else 0)
         if test is None:

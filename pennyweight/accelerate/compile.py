@@ -237,14 +237,21 @@ NOISE = (
 
 
 @contextlib.contextmanager
+def unwarned() -> Iterator[None]:
+    """Without the exporters' warnings of their own code."""
+    with warnings.catch_warnings():
+        for message in NOISE:
+            warnings.filterwarnings("ignore", message)
+        yield
+
+
+@contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     chatter = logging.getLogger("torch.onnx._internal.exporter._registration")  # "torchvision is not installed"
     level = chatter.level
     chatter.setLevel(logging.ERROR)
     try:
-        with warnings.catch_warnings():
-            for message in NOISE:
-                warnings.filterwarnings("ignore", message)
+        with unwarned():
             yield
     finally:
         chatter.setLevel(level)

@@ -71,13 +71,17 @@ class Pairs:
         features = {n: np.concatenate([v, other.features[n]]) for n, v in self.features.items()}
         return Pairs(features, np.concatenate([self.labels, other.labels]))
 
+    def head(self, n: int) -> Pairs:
+        """The first ``n`` rows."""
+        return Pairs({k: v[:n] for k, v in self.features.items()}, self.labels[:n])
+
     def numbers(self) -> Pairs:
         """The same rows with whole numbers as plain numbers, not ids: what a model without tables takes."""
         return Pairs({n: v.astype(np.float32) for n, v in self.features.items()}, self.labels)
 
     def example(self) -> tuple[Tensor, ...]:
         """The first rows of each input, as the model takes them."""
-        return tuple(torch.from_numpy(_single(v[:EXAMPLE]).copy()) for v in self.features.values())
+        return tuple(torch.from_numpy(_single(v).copy()) for v in self.head(EXAMPLE).features.values())
 
     def dataset(self, classes: int = 0) -> Dataset:
         """The rows as a Dataset; ``classes`` is the number there are, 0 for a binary label or a number.

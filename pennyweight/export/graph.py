@@ -20,7 +20,6 @@ import keyword
 import logging
 import re
 import traceback
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -28,7 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from pennyweight.accelerate.compile import NOISE, reads
+from pennyweight.accelerate.compile import reads, unwarned
 from pennyweight.accelerate.runner import Runner
 from pennyweight.core.errors import ConfigError, DeviceError
 from pennyweight.export.probe import Batch, batches, cuts, retrieval
@@ -282,9 +281,7 @@ def quiet() -> Iterator[None]:
     before = logging.root.manager.disable
     logging.disable(logging.ERROR)
     try:
-        with warnings.catch_warnings():
-            for message in NOISE:
-                warnings.filterwarnings("ignore", message)
+        with unwarned():
             yield
     finally:
         logging.disable(before)

@@ -22,14 +22,13 @@ import math
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pennyweight.core.config import named
 from pennyweight.core.errors import ConfigError
 from pennyweight.model import compact
-from pennyweight.model.dense import FLOATS, narrow
-from pennyweight.model.packed import Packed, blank, pack_bits, scaled, unpack_bits
+from pennyweight.model.dense import narrow
+from pennyweight.model.packed import PackedRows, blank, encoded
 from pennyweight.model.spec import Layer
 
 WEIGHTS, WORK = 2_048, 4_000_000
@@ -98,16 +97,10 @@ class Conv(Layer):
 
     def encode(self, weight: Tensor, bias: Tensor | None) -> dict[str, Tensor]:
         """The layer's state from fp32 weights [outputs, inputs / groups, *kernel] and bias [outputs]."""
-        rest = {} if bias is None else {"bias": bias.clone()}
         if self.data_type == "fp32":
+            rest = {} if bias is None else {"bias": bias.clone()}
             return {"weight": weight.clone(memory_format=torch.contiguous_format), **rest}
-        rows = weight.flatten(1)
-        if self.data_type in FLOATS:
-            return {"packed": rows.to(FLOATS[self.data_type]), **rest}
-        whole, scale = scaled(rows, 8 if self.data_type == "int8" else 4, (1,))
-        if self.data_type == "int4":
-            whole = pack_bits(F.pad((whole + 8).to(torch.uint8), (0, self.taps % 2)), 4)
-        return {"packed": whole, "scale": scale.squeeze(1), **rest}
+        return encoded(weight.flatten(1), bias, self.data_type)
 
     @classmethod
     def of(cls, module: nn.Module) -> Conv | None:
@@ -135,31 +128,17 @@ def _padding(module: nn.Conv1d | nn.Conv2d) -> tuple[int, ...] | None:
     return None if any(b % 2 for b in both) else tuple(b // 2 for b in both)
 
 
-class PackedConv(Packed):
+class PackedConv(PackedRows):
     """A convolution whose weights are stored as fp16, bf16, int8 or int4; inference only, gradients pass through it."""
 
-    packed: Tensor
-    scale: Tensor
-    bias: Tensor | None
-
     def __init__(self, layer: Conv) -> None:
-        super().__init__()
+        super().__init__(layer.outputs, layer.taps, layer.data_type, layer.bias)
         self.layer = layer
         self.in_channels, self.out_channels = layer.inputs, layer.outputs
-        self.whole = layer.data_type in ("int8", "int4")
-        width = -(-layer.taps // 2) if layer.data_type == "int4" else layer.taps
-        kind = {**FLOATS, "int8": torch.int8, "int4": torch.uint8}[layer.data_type]
-        self.register_buffer("packed", torch.zeros(layer.outputs, width, dtype=kind))
-        if self.whole:
-            self.register_buffer("scale", torch.ones(layer.outputs))
-        self.register_buffer("bias", torch.zeros(layer.outputs) if layer.bias else None)
 
     def levels(self) -> Tensor:
         """The whole numbers the weights are stored as, int8 of the weights' shape."""
-        whole = self.packed
-        if self.layer.data_type == "int4":
-            whole = unpack_bits(self.packed, 4)[:, : self.layer.taps].to(torch.int8) - 8
-        return whole.reshape(self.layer.shape)
+        return super().levels().reshape(self.layer.shape)
 
     @property
     def weight(self) -> Tensor:

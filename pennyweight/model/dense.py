@@ -25,12 +25,11 @@ from torch import Tensor, nn
 
 from pennyweight.core.config import named
 from pennyweight.model.compact import Linear, Weight
-from pennyweight.model.packed import Packed, blank, pack_bits, scaled, unpack_bits
+from pennyweight.model.packed import PackedRows, blank, encoded
 from pennyweight.model.spec import Layer
 
 WORTH = 16_384
 """Weights from which multiplying in int8 is faster than in fp32."""
-FLOATS = {"fp16": torch.float16, "bf16": torch.bfloat16}
 """Data types that are stored so and run in fp32."""
 _BATCH: dict[int, type[nn.BatchNorm1d] | type[nn.BatchNorm2d]] = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d}
 
@@ -61,15 +60,10 @@ class Dense(Layer):
 
     def encode(self, weight: Tensor, bias: Tensor | None) -> dict[str, Tensor]:
         """The layer's state from fp32 weights [outputs, inputs] and bias [outputs]."""
-        weight, rest = weight.contiguous(), {} if bias is None else {"bias": bias.clone()}
+        weight = weight.contiguous()
         if self.data_type == "fp32":
-            return {"weight": weight.clone(), **rest}
-        if self.data_type in FLOATS:
-            return {"packed": weight.to(FLOATS[self.data_type]), **rest}
-        whole, scale = scaled(weight, 8 if self.data_type == "int8" else 4, (1,))
-        if self.data_type == "int4":
-            whole = pack_bits(F.pad((whole + 8).to(torch.uint8), (0, self.inputs % 2)), 4)
-        return {"packed": whole, "scale": scale.squeeze(1), **rest}
+            return {"weight": weight.clone(), **({} if bias is None else {"bias": bias.clone()})}
+        return encoded(weight, bias, self.data_type)
 
     @classmethod
     def of(cls, module: nn.Module) -> Dense | None:
@@ -82,30 +76,13 @@ class Dense(Layer):
         return None
 
 
-class PackedLinear(Packed):
+class PackedLinear(PackedRows):
     """A dense layer whose weights are stored as fp16, bf16, int8 or int4; inference only, gradients pass through it."""
 
-    packed: Tensor
-    scale: Tensor
-    bias: Tensor | None
-
     def __init__(self, layer: Dense) -> None:
-        super().__init__()
+        super().__init__(layer.outputs, layer.inputs, layer.data_type, layer.bias)
         self.layer = layer
         self.in_features, self.out_features = layer.inputs, layer.outputs
-        self.whole = layer.data_type in ("int8", "int4")
-        width = -(-layer.inputs // 2) if layer.data_type == "int4" else layer.inputs
-        kind = {**FLOATS, "int8": torch.int8, "int4": torch.uint8}[layer.data_type]
-        self.register_buffer("packed", torch.zeros(layer.outputs, width, dtype=kind))
-        if self.whole:
-            self.register_buffer("scale", torch.ones(layer.outputs))
-        self.register_buffer("bias", torch.zeros(layer.outputs) if layer.bias else None)
-
-    def levels(self) -> Tensor:
-        """The whole numbers the weights are stored as, int8 [outputs, inputs]."""
-        if self.layer.data_type == "int8":
-            return self.packed
-        return unpack_bits(self.packed, 4)[:, : self.layer.inputs].to(torch.int8) - 8
 
     @property
     def weight(self) -> Tensor:

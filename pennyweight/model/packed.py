@@ -13,6 +13,7 @@ from collections.abc import Callable
 from typing import Any, Self, TypeVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 M = TypeVar("M", bound=nn.Module)
@@ -55,6 +56,45 @@ class Packed(nn.Module, abc.ABC):
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_ready": None}
+
+
+FLOATS = {"fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+class PackedRows(Packed):
+    """Weights as rows, one an output, in fp16, bf16, int8 or int4; whole numbers have a scale a row. The bias stays fp32."""
+
+    packed: Tensor
+    scale: Tensor
+    bias: Tensor | None
+
+    def __init__(self, outputs: int, numbers: int, data_type: str, bias: bool) -> None:
+        super().__init__()
+        self.numbers, self.data_type = numbers, data_type
+        self.whole = data_type in ("int8", "int4")
+        width = -(-numbers // 2) if data_type == "int4" else numbers
+        kind = {**FLOATS, "int8": torch.int8, "int4": torch.uint8}[data_type]
+        self.register_buffer("packed", torch.zeros(outputs, width, dtype=kind))
+        if self.whole:
+            self.register_buffer("scale", torch.ones(outputs))
+        self.register_buffer("bias", torch.zeros(outputs) if bias else None)
+
+    def levels(self) -> Tensor:
+        """The whole numbers the weights are stored as, int8 [outputs, numbers]."""
+        if self.data_type == "int8":
+            return self.packed
+        return unpack_bits(self.packed, 4)[:, : self.numbers].to(torch.int8) - 8
+
+
+def encoded(rows: Tensor, bias: Tensor | None, data_type: str) -> dict[str, Tensor]:
+    """The state of ``PackedRows`` from fp32 weights [outputs, numbers] and bias [outputs]."""
+    rest = {} if bias is None else {"bias": bias.clone()}
+    if data_type in FLOATS:
+        return {"packed": rows.to(FLOATS[data_type]), **rest}
+    whole, scale = scaled(rows, 8 if data_type == "int8" else 4, (1,))
+    if data_type == "int4":
+        whole = pack_bits(F.pad((whole + 8).to(torch.uint8), (0, rows.shape[1] % 2)), 4)
+    return {"packed": whole, "scale": scale.squeeze(1), **rest}
 
 
 def blank(kind: type[M], *args: Any, **kwargs: Any) -> M:
