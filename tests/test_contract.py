@@ -26,6 +26,7 @@ from pennyweight.compress.onnx import QuantizeOnnx
 from pennyweight.compress.prune import FoldNorms, PruneNeurons
 from pennyweight.compress.quantize import QuantizeDense, QuantizeTables
 from pennyweight.compress.share import ShareRows
+from pennyweight.compress.substitute import SubstituteTables
 from pennyweight.core.config import dumps, encode, loads, members
 from pennyweight.core.errors import ConfigError, PlanError
 from pennyweight.core.hardware import Device, Topology
@@ -61,6 +62,7 @@ CASES = (
     Case(PruneNeurons(keep=0.5), idle=PruneNeurons(keep=1.0)),
     Case(FoldNorms()),
     Case(ShareRows(parts=2, codes=16)),
+    Case(SubstituteTables("hot", ratio=4.0, min_rows=100), idle=SubstituteTables(min_rows=1000)),
     Case(Distill(epochs=2), idle=Distill(epochs=0)),
     Case(QuantizeTables(data_type="int4")),
     Case(QuantizeDense(data_type="int8")),

@@ -128,27 +128,42 @@ def quantize(rows: Tensor, table: Table, weights: Tensor, iterations: int, seed:
     Where the table has a padding row, code 0 of every part is the zero vector and the padding row is made of it.
     """
     generator = torch.Generator().manual_seed(seed)
-    padded = torch.nn.functional.pad(rows, (0, table.parts * table.width - table.dim))
-    points = padded.reshape(len(rows), table.parts, table.width).transpose(0, 1).contiguous()
+    points = _points(rows, table)
     weights = weights.clone()
     if table.padding is not None:
         weights[table.padding] = 0
     sample, weights = _sampled(points, weights, generator)
     books = kmeans(sample, weights, table.codes, iterations, generator, zero=table.padding is not None)
-    codes = nearest(points, books).to(torch.uint8).T.contiguous()
+    return coded(rows, table, books), books
+
+
+def coded(rows: Tensor, table: Table, books: Tensor) -> Tensor:
+    """The nearest code of each part, uint8 [rows, parts], for rows [rows, dim] and codebooks [parts, codes, width]."""
+    codes = nearest(_points(rows, table), books).to(torch.uint8).T.contiguous()
     if table.padding is not None:
         codes[table.padding] = 0
-    return codes, books
+    return codes
+
+
+def _points(rows: Tensor, table: Table) -> Tensor:
+    """The parts of rows [rows, dim], [parts, rows, width]."""
+    padded = torch.nn.functional.pad(rows, (0, table.parts * table.width - table.dim))
+    return padded.reshape(len(rows), table.parts, table.width).transpose(0, 1).contiguous()
 
 
 def _sampled(points: Tensor, weights: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """All points, or SAMPLE of them drawn in proportion to their weights (which is then in the sample, not in the weights)."""
     if len(weights) <= SAMPLE:
         return points, weights
-    # The smallest of exponential times with these rates are a draw without replacement (Efraimidis & Spirakis 2006).
+    ids = drawn(weights, SAMPLE, generator)
+    return points[:, ids], torch.ones(SAMPLE)
+
+
+def drawn(weights: Tensor, n: int, generator: torch.Generator) -> Tensor:
+    """The places of ``n`` of the weights, drawn in proportion to them without replacement; all, if there are no more."""
+    # The smallest of exponential times with these rates are such a draw (Efraimidis & Spirakis 2006).
     times = torch.empty_like(weights).exponential_(generator=generator) / weights
-    drawn = times.topk(SAMPLE, largest=False).indices
-    return points[:, drawn], torch.ones(SAMPLE)
+    return times.topk(min(n, len(weights)), largest=False).indices
 
 
 def kmeans(points: Tensor, weights: Tensor, codes: int, iterations: int, generator: torch.Generator, *, zero: bool) -> Tensor:

@@ -40,6 +40,10 @@ class Clicks:
     """Exponent of the Zipf law: the value of rank k is drawn with odds of k to the power of minus this."""
     strength: float = 1.0
     """Standard deviation of a field's planted weight; 0 makes labels a coin toss."""
+    crossed: float = 1.0
+    """Factor on what the pairs of fields add to a logit: there are as many as their number squared."""
+    bias: float = 0.0
+    """What every logit starts from: -1 makes clicks rarer."""
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -82,7 +86,7 @@ class Clicks:
         vectors = np.stack([f[i] for f, i in zip(factors, ids, strict=True)])
         crossed = ((vectors.sum(0) ** 2 - (vectors**2).sum(0)) / 2).sum(1)
         number = columns["numbers"] @ self._slopes if self.numbers else 0.0
-        logits: Floats = linear + crossed + number
+        logits: Floats = self.bias + linear + self.crossed * crossed + number
         return logits
 
     @functools.cached_property
@@ -121,6 +125,31 @@ class Clicks:
 def _ranks(rng: np.random.Generator, odds: Floats) -> Array:
     """Ranks drawn from cumulated frequencies, whose last may be a little under 1."""
     return np.minimum(np.searchsorted(odds, rng.random(CHUNK)), len(odds) - 1)
+
+
+CRITEO = (
+    *(1_460, 583, 10_131_227, 2_202_608, 305, 24, 12_517, 633, 3, 93_145, 5_683, 8_351_593, 3_194, 27),
+    *(14_992, 5_461_306, 10, 5_652, 2_173, 4, 7_046_547, 18, 15, 286_181, 105, 142_572),
+)
+"""Distinct values of the 26 fields of the Criteo display advertising challenge (Kaggle 2014)."""
+
+
+def criteo_like(ids: int = 6_000_000, seed: int = 0) -> Clicks:
+    """Click logs shaped like Criteo's: 26 fields whose sizes span six powers of ten, 13 numbers, a quarter of clicks.
+
+    The sizes are Criteo's, those of 10,000 values and more scaled so that all together there are about ``ids``. Each field
+    weighs alike in the planted logit, so what a method loses in the tail of the large ones is seen in its AUC; ids seen a few
+    times cannot be learned by anybody, and the best AUC is that of ``logits``.
+
+    Raises:
+        ConfigError: fewer ids than leave the large fields 10,000 values each.
+    """
+    large = [n for n in CRITEO if n >= 10_000]
+    room = ids - (sum(CRITEO) - sum(large))
+    if room < 10_000 * len(large):
+        raise ConfigError(f"{ids} ids are too few for Criteo's shape; give at least {ids - room + 10_000 * len(large)}")
+    sizes = tuple(n if n < 10_000 else max(10_000, n * room // sum(large)) for n in CRITEO)
+    return Clicks(sizes, numbers=13, dim=2, strength=0.35, crossed=0.1, bias=-2.0, seed=seed)
 
 
 def walks(users: int, items: int, length: int, *, history: int = 20, noise: float = 0.1, seed: int = 0) -> Dataset:

@@ -30,7 +30,7 @@ from torch import Tensor
 from pennyweight.core.config import decode, dumps, encode
 from pennyweight.core.errors import BundleError, ConfigError, StorageError
 from pennyweight.data.catalog import Catalog
-from pennyweight.model import conv, dense, tables  # noqa: F401  (registers the layers a manifest may name)
+from pennyweight.model import conv, dense, hashed, tables  # noqa: F401  (registers the layers a manifest may name)
 from pennyweight.model.spec import Model, Spec
 
 FORMAT = 1

@@ -187,10 +187,15 @@ class Bag(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         """[bags, dim] from ids [bags, length]; zero for a bag that holds only padding."""
-        real = torch.ones_like(input, dtype=torch.bool) if self.padding is None else input.ne(self.padding)
-        rows, inside = self.rows(input), real.unsqueeze(-1)
-        if self.mode == "max":
-            most: Tensor = rows.masked_fill(~inside, -torch.inf).amax(1)
-            return most.masked_fill(~inside.any(1), 0.0)
-        total: Tensor = (rows * inside).sum(1)
-        return total if self.mode == "sum" else total / inside.sum(1).clamp_min(1)
+        return pooled(self.rows(input), input, self.mode, self.padding)
+
+
+def pooled(rows: Tensor, ids: Tensor, mode: str, padding: int | None) -> Tensor:
+    """Rows [bags, length, dim] of ids [bags, length] joined to [bags, dim]; zero for a bag that holds only padding."""
+    real = torch.ones_like(ids, dtype=torch.bool) if padding is None else ids.ne(padding)
+    inside = real.unsqueeze(-1)
+    if mode == "max":
+        most: Tensor = rows.masked_fill(~inside, -torch.inf).amax(1)
+        return most.masked_fill(~inside.any(1), 0.0)
+    total: Tensor = (rows * inside).sum(1)
+    return total if mode == "sum" else total / inside.sum(1).clamp_min(1)

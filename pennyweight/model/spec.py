@@ -24,6 +24,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from pennyweight.core.config import decode, encode, family
 from pennyweight.core.errors import BundleError, ConfigError
@@ -49,6 +50,8 @@ class Layer(abc.ABC):
         """Floating point operations each time it is used (a multiply and an add are two): a row, a lookup, a position."""
 
 
+LARGE = 1 << 20
+"""Numbers from which a tensor's random start is worth leaving out where it is not used."""
 STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 """Buffers that training writes."""
 
@@ -82,7 +85,8 @@ class Model:
 
     def build(self, allow: Sequence[str] = (), *, copy: bool = False) -> nn.Module:
         """The module in evaluation mode; ``copy`` gives it weights of its own, to train."""
-        module = build(self.spec, allow)
+        with _Undrawn():
+            module = build(self.spec, allow)
         state = {k: v.clone() for k, v in self.state.items()} if copy else dict(self.state)
         try:
             module.load_state_dict(state, strict=True, assign=True)
@@ -98,6 +102,21 @@ class Model:
         return sum(t.numel() * t.element_size() for t in self.state.values())
 
 
+class _Undrawn(TorchFunctionMode):
+    """Large tensors keep no random numbers: memory that is loaded over, or replaced by a layer, is then never touched.
+
+    Without it a model of large tables is in memory twice for as long as it takes to build.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in (Tensor.normal_, Tensor.uniform_, nn.init.normal_, nn.init.uniform_):
+            tensor: Tensor = args[0] if args else kwargs["tensor"]
+            if tensor.numel() >= LARGE:
+                return tensor
+        return func(*args, **kwargs)
+
+
 def seeded(spec: Spec, seed: int, allow: Sequence[str] = (), buffers: Mapping[str, Tensor] | None = None) -> nn.Module:
     """The module a spec describes with the initial weights of a seed; the caller's random state is left alone.
 
@@ -110,6 +129,16 @@ def seeded(spec: Spec, seed: int, allow: Sequence[str] = (), buffers: Mapping[st
         if name in (buffers or {}) and name.rpartition(".")[2] not in STATISTICS:
             tensor.copy_((buffers or {})[name])
     return module
+
+
+def untrained(spec: Spec, seed: int, allow: Sequence[str] = ()) -> Model:
+    """The model of a seed before any training, its large tensors as zeros that take no memory.
+
+    For a structure that replaces them: where a table cannot be held whole, this is what its substitute is put into.
+    """
+    with _Undrawn():
+        state = seeded(spec, seed, allow).state_dict()
+    return Model(spec, {k: v.new_zeros(()).expand(v.shape) if v.numel() >= LARGE else v for k, v in state.items()})
 
 
 def build(spec: Spec, allow: Sequence[str] = ()) -> nn.Module:

@@ -176,23 +176,9 @@ class Lookup(Packed):
     def join(self, ids: Tensor, offsets: Tensor | None, weights: Tensor | None) -> Tensor:
         """Bags [bags, dim]; where there are no plain rows, those of these ids are looked up and joined by their positions."""
         rows, form = self.ready()
-        padding = self.layer.padding
         if rows is None:
-            flat = ids.reshape(-1)
-            rows = torch.cat([self.look(flat, form), torch.zeros(1, self.layer.dim, device=flat.device)])
-            positions = torch.arange(len(flat), device=flat.device)
-            if padding is not None:
-                positions = torch.where(flat == padding, len(flat), positions)
-            ids, padding = positions.reshape(ids.shape), len(flat)
-        return F.embedding_bag(
-            ids,
-            rows,
-            None if offsets is None else offsets.to(ids.dtype),
-            mode=self.layer.bag or "sum",
-            per_sample_weights=weights,
-            include_last_offset=self.layer.include_last_offset,
-            padding_idx=padding,
-        )
+            return joined(self.layer, ids, self.look(ids.reshape(-1), form), offsets, weights)
+        return _bags(self.layer, ids, rows, self.layer.padding, offsets, weights)
 
     @property
     def weight(self) -> Tensor:
@@ -219,6 +205,27 @@ class Lookup(Packed):
     def extra_repr(self) -> str:
         """The layer, as ``print(module)`` shows it."""
         return str(self.layer)
+
+
+def joined(layer: Any, ids: Tensor, rows: Tensor, offsets: Tensor | None, weights: Tensor | None) -> Tensor:
+    """Bags [bags, dim] of the rows [n, dim] that n ids of any shape looked up; ``layer`` says how, as a ``Table`` does."""
+    positions = torch.arange(len(rows), device=rows.device)
+    if layer.padding is not None:
+        positions = torch.where(ids.reshape(-1) == layer.padding, len(rows), positions)
+    padded = torch.cat([rows, rows.new_zeros(1, layer.dim)])
+    return _bags(layer, positions.reshape(ids.shape), padded, len(rows), offsets, weights)
+
+
+def _bags(layer: Any, ids: Tensor, rows: Tensor, padding: int | None, offsets: Tensor | None, weights: Tensor | None) -> Tensor:
+    return F.embedding_bag(
+        ids,
+        rows,
+        None if offsets is None else offsets.to(ids.dtype),
+        mode=layer.bag or "sum",
+        per_sample_weights=weights,
+        include_last_offset=layer.include_last_offset,
+        padding_idx=padding,
+    )
 
 
 class HalfTable(Lookup):
