@@ -23,10 +23,10 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, Literal, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pennyweight.compress.couple import POINTWISE_LAYERS, Group, Member, groups, runs
+from pennyweight.compress.observe import ROWS, batches, calibration, observe
 from pennyweight.compress.rewrite import Change, chosen, finite, rewrite, sequences
 from pennyweight.core.config import named
 from pennyweight.core.errors import ConfigError, PlanError
@@ -35,17 +35,11 @@ from pennyweight.model.bundle import Bundle
 from pennyweight.model.conv import Conv
 from pennyweight.model.dense import Dense, Identity, Norm
 from pennyweight.model.layers import Dropout
-from pennyweight.model.spec import Layer, call, replace
+from pennyweight.model.spec import Layer, replace
 from pennyweight.model.transform import Env, Transform
-
-ROWS = 4096
-"""Calibration rows, and rows of a layer's input, that scores and least squares use at most."""
 
 WIDE = 4096
 """Inputs of a layer above which it is not solved anew."""
-
-IMAGES = 256
-"""Rows scored at a time where there are convolutions, whose activations are large."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,7 +127,7 @@ class PruneNeurons(Transform):
     def change(self, bundle: Bundle, env: Env) -> Bundle:
         """The bundle with its hidden layers cut."""
         module, inputs = bundle.model.build(env.allow), bundle.model.spec.inputs
-        rows = self._rows(env)
+        rows = None if self.score == "weight" else calibration(bundle, env, self)
         found = [g for g in hidden(module, inputs, env.calib or env.train) if self._chosen(g)]
         if not found:
             raise PlanError(
@@ -182,55 +176,18 @@ class PruneNeurons(Transform):
                 raise PlanError(f"{group.name} has {group.width} neurons, {width} were asked for; layers are: {have}")
         return self.widths
 
-    def _rows(self, env: Env) -> Dataset | None:
-        if self.score == "weight":
-            return None
-        data = env.calib if env.calib is not None else env.train
-        if data is None:
-            raise PlanError("PruneNeurons scores by activation and needs env.calib; give it, or score='weight'")
-        return data.head(ROWS)
-
 
 def _record(module: nn.Module, paths: Sequence[str], rows: Dataset, inputs: Sequence[str]) -> dict[str, tuple[Tensor, Tensor]]:
     """Inputs [n, in] and outputs [n, out] of layers while the module scores rows; what a convolution reads is patches."""
-    seen: dict[str, list[tuple[Tensor, Tensor]]] = {}
-    size = IMAGES if any(Conv.of(layer) for layer in module.modules()) else max(1, len(rows))
-    share = -(-ROWS // max(1, -(-len(rows) // size)))
-
-    def recorder(path: str) -> Any:
-        def record(layer: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-            seen.setdefault(path, []).append(_matrices(layer, args[0], output, share))
-
-        return record
-
     narrow = [path for path in paths if _rows_of(module.get_submodule(path)).shape[1] <= WIDE]
-    hooks = [module.get_submodule(path).register_forward_hook(recorder(path)) for path in narrow]
-    try:
-        with torch.no_grad():
-            for batch in rows.batches(size):
-                call(module, batch, inputs)
-    finally:
-        for hook in hooks:
-            hook.remove()
+    scored = list(batches(module, rows))
+    seen: dict[str, list[tuple[Tensor, Tensor]]] = {}
+    for batch in scored:
+        for path, calls in observe(module, narrow, batch, inputs, -(-ROWS // len(scored))).items():
+            seen.setdefault(path, []).extend(calls)
     return {
         path: (torch.cat([x for x, _ in parts])[:ROWS], torch.cat([y for _, y in parts])[:ROWS]) for path, parts in seen.items()
     }
-
-
-def _matrices(layer: nn.Module, x: Tensor, y: Tensor, most: int) -> tuple[Tensor, Tensor]:
-    """What a layer read and gave as matrices of at most so many rows; a convolution's are patches from all over the images."""
-    conv = Conv.of(layer)
-    if conv is None:
-        return x.flatten(0, -2)[:most].clone(), y.flatten(0, -2)[:most].clone()
-    images = min(len(x), -(-4 * most // y[0, 0].numel()))
-    at = torch.linspace(0, len(x) - 1, images).long()
-    flat = (1,) if conv.dims == 1 else ()
-    x = x[at].unsqueeze(2) if flat else x[at]
-    none = (0,) if flat else ()
-    sizes = ((*flat, *conv.kernel), (*flat, *conv.dilation), (*none, *conv.padding), (*flat, *conv.stride))
-    patches, given = F.unfold(x, *sizes).transpose(1, 2).flatten(0, 1), y[at].flatten(2).transpose(1, 2).flatten(0, 1)
-    step = max(1, len(patches) // most)
-    return patches[::step][:most].clone(), given[::step][:most].clone()
 
 
 def _rows_of(layer: nn.Module) -> Tensor:

@@ -9,17 +9,23 @@ takes as long as training. What it costs: int2 rows and retrieval by dot product
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import ClassVar, Literal, cast
 
 from torch import Tensor, nn
 
 from pennyweight.compress.couple import strided
+from pennyweight.compress.feedback import MOST, WIDE, Moments, fed
+from pennyweight.compress.observe import batches, calibration, observe
 from pennyweight.compress.rewrite import Change, finite, rewrite, targets
 from pennyweight.core.config import named
-from pennyweight.core.errors import PlanError
+from pennyweight.core.errors import ConfigError, PlanError
+from pennyweight.data.dataset import Dataset
 from pennyweight.model.bundle import Bundle
 from pennyweight.model.conv import Conv
 from pennyweight.model.dense import Dense
+from pennyweight.model.packed import BITS
+from pennyweight.model.spec import Model, replace
 from pennyweight.model.tables import CodebookTable, Table, rows_of
 from pennyweight.model.transform import Env, Transform
 
@@ -70,21 +76,27 @@ class QuantizeTables(Transform):
 @named("quantize-dense")
 @dataclasses.dataclass(frozen=True)
 class QuantizeDense(Transform):
-    """Dense layers and convolutions to a smaller data type: int8 and int4 by output (channel), run in int8."""
+    """Dense layers and convolutions to a smaller data type; whole numbers have a scale an output (channel) and run in int8."""
 
     family: ClassVar[Literal["compress"]] = "compress"
     stage: ClassVar[Literal["data type"]] = "data type"
 
-    data_type: Literal["fp16", "bf16", "int8", "int4"] = "int8"
+    data_type: Literal["fp16", "bf16", "int8", "int4", "int3", "int2"] = "int8"
     only: tuple[str, ...] = ()
     """Patterns of paths to quantize; all dense layers and convolutions if empty."""
     skip: tuple[str, ...] = ()
     """Patterns of paths to leave alone."""
+    feedback: bool = False
+    """Whether weights are solved anew on ``env.calib`` (or else ``env.train``) to make up for rounding; whole numbers only."""
+
+    def __post_init__(self) -> None:
+        if self.feedback and self.data_type not in BITS:
+            raise ConfigError(f"feedback is for whole numbers, and {self.data_type} is none; ask for {', '.join(BITS)}")
 
     def change(self, bundle: Bundle, env: Env) -> Bundle:
         """The bundle with its dense layers and convolutions quantized."""
         module = bundle.model.build(env.allow)
-        found: dict[str, tuple[nn.Module, Dense | Conv]] = targets(module, _multiplied, self.only, self.skip)
+        found: dict[str, tuple[nn.Module, Dense | Conv]] = targets(module, multiplied, self.only, self.skip)
         new = {p: (m, dataclasses.replace(d, data_type=self.data_type)) for p, (m, d) in found.items()}
         new = {p: (m, to) for p, (m, to) in new.items() if to.bytes() < found[p][1].bytes()}
         if not new:
@@ -92,14 +104,23 @@ class QuantizeDense(Transform):
             raise PlanError(f"no dense layer would get smaller as {self.data_type}; dense layers and convolutions: {have}")
         if any(isinstance(to, Conv) for _, to in new.values()) and not strided(module):
             new = {p: (m, _last(to)) for p, (m, to) in new.items()}
+        if self.feedback:
+            rows = calibration(bundle, env, self)
+            return bundle.replace(model=rewrite(bundle.model, _fed(bundle.model, new, rows, env)))
         return bundle.replace(model=rewrite(bundle.model, {p: _dense(p, m, to) for p, (m, to) in new.items()}))
+
+    def sketch(self) -> QuantizeDense:
+        """Rounded plainly: the same bytes."""
+        return dataclasses.replace(self, feedback=False)
 
     def describe(self) -> str:
         """What it does."""
-        return f"dense layers and convolutions stored as {self.data_type}"
+        how = ", with error feedback" if self.feedback else ""
+        return f"dense layers and convolutions stored as {self.data_type}{how}"
 
 
-def _multiplied(module: nn.Module) -> Dense | Conv | None:
+def multiplied(module: nn.Module) -> Dense | Conv | None:
+    """What dense layer or convolution a module is; None for anything else."""
     return Dense.of(module) or Conv.of(module)
 
 
@@ -108,16 +129,44 @@ def _last(layer: Dense | Conv) -> Dense | Conv:
     return dataclasses.replace(layer, memory="channels_last") if isinstance(layer, Conv) else layer
 
 
+def _fed(model: Model, new: Mapping[str, tuple[nn.Module, Dense | Conv]], rows: Dataset, env: Env) -> dict[str, Change]:
+    """What layers become, in the order they run: each is fitted to what those before it give by then, and it gave at first."""
+    given, module, inputs = model.build(env.allow), model.build(env.allow), model.spec.inputs
+    scored = list(batches(given, rows))
+    order = [path for batch in scored[:1] for path in observe(given, new, batch, inputs, 1)]
+    changes = {}
+    for path in dict.fromkeys((*order, *new)):
+        layer, to = new[path]
+        moments = Moments(layer)
+        for batch in scored if path in order and _weights(layer)[0][0].numel() <= WIDE else ():
+            now, first = (observe(m, [path], batch, inputs, MOST)[path] for m in (module, given))
+            for (x, _), (_, y) in zip(now, first, strict=True):
+                moments.add(x, y)
+        changes[path] = _dense(path, layer, to, moments)
+        made = to.build()
+        made.load_state_dict(changes[path][1], assign=True)
+        replace(module, path, made.requires_grad_(False).eval())
+    return changes
+
+
 def _table(path: str, module: nn.Module, new: Table) -> Change:
     if isinstance(module, CodebookTable):
         return new, new.encode_codebook(module.codes, finite(path, module.books().detach(), new.data_type))
     return new, new.encode(finite(path, rows_of(module), new.data_type))
 
 
-def _dense(path: str, module: nn.Module, new: Dense | Conv) -> Change:
-    weight, bias = cast(Tensor, module.weight).detach(), cast("Tensor | None", module.bias)
+def _weights(module: nn.Module) -> tuple[Tensor, Tensor | None]:
+    weight, bias = cast(Tensor, module.weight), cast("Tensor | None", module.bias)
+    return weight.detach(), None if bias is None else bias.detach()
+
+
+def _dense(path: str, module: nn.Module, new: Dense | Conv, moments: Moments | None = None) -> Change:
+    weight, bias = _weights(module)
     if bias is not None:
-        finite(path, bias.detach())
-    # int4 weights here have fp32 scales, so only fp16 itself has fp16's range.
-    limit = new.data_type if new.data_type == "fp16" else "fp32"
-    return new, new.encode(finite(path, weight, limit), None if bias is None else bias.detach())
+        finite(path, bias)
+    # Whole numbers here have fp32 scales, so only fp16 itself has fp16's range.
+    finite(path, weight, new.data_type if new.data_type == "fp16" else "fp32")
+    if moments is None or not moments.rows:
+        return new, new.encode(weight, bias)
+    rows, bias, scale = fed(weight.flatten(1), bias, moments, BITS[new.data_type])
+    return new, new.encode(rows.reshape(weight.shape), bias, scale)

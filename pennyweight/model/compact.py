@@ -31,6 +31,11 @@ def numbers(packed: Tensor, bits: int) -> Tensor:
     return torch.stack([*parts, rest], -1).flatten(-2) if parts else rest
 
 
+PLANES = {4: (4,), 3: (2, 1), 2: (2,)}
+"""How the bits of a number are laid out: those of all a row's numbers packed together, then the next. Three fill no byte."""
+GRID = {4: (1, 8), 3: (2, 7), 2: (2, 3)}
+"""Step and offset that make a weight's whole number of what is stored: -8 to 7, or the odd ones within 7 or 3."""
+
 Sizes = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], int]
 """Stride, padding and dilation of a convolution, one number a dimension each, and its groups."""
 
@@ -42,31 +47,36 @@ def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, sizes: Sizes) -> Te
 
 
 class Weight(nn.Module):
-    """fp32 weights of a shape, made at each call from floats, bytes or half bytes (offset by 8) and a scale."""
+    """fp32 weights of a shape, made at each call from floats, bytes, or ``bits`` a number below 8, and a scale."""
 
     packed: Tensor
     scale: Tensor | None
 
-    def __init__(self, packed: Tensor, shape: Sequence[int], scale: Tensor | None = None) -> None:
+    def __init__(self, packed: Tensor, shape: Sequence[int], scale: Tensor | None = None, bits: int = 4) -> None:
         super().__init__()
-        self.shape = tuple(shape)
+        self.shape, self.bits = tuple(shape), bits
         self.register_buffer("packed", packed)
         self.register_buffer("scale", scale)
 
     def widen(self) -> None:
-        """Half bytes to bytes, in place: the same numbers for a runtime that would make floats of half bytes for good."""
+        """Parts of bytes to bytes, in place: the same numbers for a runtime that would make floats of them for good."""
         if self.packed.dtype == torch.uint8:
-            self.packed = self._halves().to(torch.int8)
+            self.packed = self._whole().to(torch.int8)
 
-    def _halves(self) -> Tensor:
-        """The numbers in half bytes: a matrix fills whole bytes row by row, anything else is one run of numbers."""
-        values = numbers(self.packed, 4) - 8.0
-        values = values[..., : self.shape[-1]] if values.dim() > 1 else values[: math.prod(self.shape)]
-        return values.reshape(self.shape)
+    def _whole(self) -> Tensor:
+        """The whole numbers in parts of bytes: a matrix fills whole bytes row by row, anything else is one run of numbers."""
+        count = self.shape[-1] if self.packed.dim() > 1 else math.prod(self.shape)
+        at, (step, offset), parts = 0, GRID[self.bits], []
+        for plane in PLANES[self.bits]:
+            width = -(-count * plane // 8)
+            part = numbers(self.packed[..., at : at + width], plane)[..., :count]
+            parts.append(part * step if step > 1 else part)
+            at, step = at + width, step * 2**plane
+        return (sum(parts[1:], parts[0]) - offset).reshape(self.shape)
 
     def forward(self) -> Tensor:
         """The weights, in the shape given."""
-        values = self._halves() if self.packed.dtype == torch.uint8 else self.packed.float()
+        values = self._whole() if self.packed.dtype == torch.uint8 else self.packed.float()
         return values if self.scale is None else values * self.scale
 
 

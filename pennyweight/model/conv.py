@@ -22,13 +22,14 @@ import math
 from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pennyweight.core.config import named
 from pennyweight.core.errors import ConfigError
 from pennyweight.model import compact
 from pennyweight.model.dense import narrow
-from pennyweight.model.packed import PackedRows, blank, encoded
+from pennyweight.model.packed import PackedRows, blank, encoded, row_bytes
 from pennyweight.model.spec import Layer
 
 WEIGHTS, WORK = 2_048, 4_000_000
@@ -51,7 +52,7 @@ class Conv(Layer):
     dilation: tuple[int, ...]
     groups: int = 1
     bias: bool = True
-    data_type: Literal["fp32", "fp16", "bf16", "int8", "int4"] = "fp32"
+    data_type: Literal["fp32", "fp16", "bf16", "int8", "int4", "int3", "int2"] = "fp32"
     memory: Literal["contiguous", "channels_last"] = "contiguous"
     """How the output of a packed layer may lie in memory; ``channels_last`` is faster, and ``view`` may refuse it."""
 
@@ -87,20 +88,27 @@ class Conv(Layer):
 
     def bytes(self) -> int:
         """Bytes of weights, scales and bias (always fp32)."""
-        row = {"fp32": 4 * self.taps, "fp16": 2 * self.taps, "bf16": 2 * self.taps}
-        row |= {"int8": self.taps + 4, "int4": -(-self.taps // 2) + 4}
-        return self.outputs * (row[self.data_type] + 4 * self.bias)
+        return self.outputs * (row_bytes(self.taps, self.data_type) + 4 * self.bias)
 
     def flops(self) -> int:
         """Multiplies and adds for one output position; how many of those a row has depends on its size."""
         return self.outputs * (2 * self.taps + self.bias)
 
-    def encode(self, weight: Tensor, bias: Tensor | None) -> dict[str, Tensor]:
-        """The layer's state from fp32 weights [outputs, inputs / groups, *kernel] and bias [outputs]."""
+    def encode(self, weight: Tensor, bias: Tensor | None, scale: Tensor | None = None) -> dict[str, Tensor]:
+        """The layer's state from weights [outputs, inputs / groups, *kernel] and bias; whole numbers at a ``scale``."""
         if self.data_type == "fp32":
             rest = {} if bias is None else {"bias": bias.clone()}
             return {"weight": weight.clone(memory_format=torch.contiguous_format), **rest}
-        return encoded(weight.flatten(1), bias, self.data_type)
+        return encoded(weight.flatten(1), bias, self.data_type, scale)
+
+    def patches(self, x: Tensor) -> Tensor:
+        """What each output position reads, [B * positions, inputs * kernel], from images or sequences [B, inputs, ...]."""
+        one = self.dims == 1
+        sizes = [
+            (*(fill,) * one, *size)
+            for fill, size in ((1, self.kernel), (1, self.dilation), (0, self.padding), (1, self.stride))
+        ]
+        return F.unfold(x.unsqueeze(2) if one else x, *sizes).transpose(1, 2).flatten(0, 1)
 
     @classmethod
     def of(cls, module: nn.Module) -> Conv | None:
@@ -199,9 +207,7 @@ class PackedConv(PackedRows):
 
     def small(self) -> nn.Module:
         """The same layer with its packed weights, dequantized at each call (activations are not rounded there)."""
-        layer, scale = self.layer, self.scale.unsqueeze(1) if self.whole else None
-        weight = compact.Weight(self.packed, (layer.outputs, layer.taps), scale)
-        return compact.Conv(weight, self.bias, layer.shape, layer.sizes).eval()
+        return compact.Conv(self.stored(), self.bias, self.layer.shape, self.layer.sizes).eval()
 
     def extra_repr(self) -> str:
         """The layer, as ``print(module)`` shows it."""

@@ -24,8 +24,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pennyweight.core.config import named
-from pennyweight.model.compact import Linear, Weight
-from pennyweight.model.packed import PackedRows, blank, encoded
+from pennyweight.model.compact import Linear
+from pennyweight.model.packed import PackedRows, blank, encoded, row_bytes
 from pennyweight.model.spec import Layer
 
 WORTH = 16_384
@@ -42,7 +42,7 @@ class Dense(Layer):
     inputs: int
     outputs: int
     bias: bool = True
-    data_type: Literal["fp32", "fp16", "bf16", "int8", "int4"] = "fp32"
+    data_type: Literal["fp32", "fp16", "bf16", "int8", "int4", "int3", "int2"] = "fp32"
 
     def build(self) -> nn.Module:
         """``nn.Linear`` for fp32, else a ``PackedLinear``."""
@@ -50,20 +50,18 @@ class Dense(Layer):
 
     def bytes(self) -> int:
         """Bytes of weights, scales and bias (always fp32)."""
-        row = {"fp32": 4 * self.inputs, "fp16": 2 * self.inputs, "bf16": 2 * self.inputs}
-        row |= {"int8": self.inputs + 4, "int4": -(-self.inputs // 2) + 4}
-        return self.outputs * (row[self.data_type] + 4 * self.bias)
+        return self.outputs * (row_bytes(self.inputs, self.data_type) + 4 * self.bias)
 
     def flops(self) -> int:
         """Multiplies and adds for one row."""
         return self.outputs * (2 * self.inputs + self.bias)
 
-    def encode(self, weight: Tensor, bias: Tensor | None) -> dict[str, Tensor]:
-        """The layer's state from fp32 weights [outputs, inputs] and bias [outputs]."""
+    def encode(self, weight: Tensor, bias: Tensor | None, scale: Tensor | None = None) -> dict[str, Tensor]:
+        """The layer's state from fp32 weights [outputs, inputs] and bias [outputs]; whole numbers at a ``scale`` [outputs]."""
         weight = weight.contiguous()
         if self.data_type == "fp32":
             return {"weight": weight.clone(), **({} if bias is None else {"bias": bias.clone()})}
-        return encoded(weight, bias, self.data_type)
+        return encoded(weight, bias, self.data_type, scale)
 
     @classmethod
     def of(cls, module: nn.Module) -> Dense | None:
@@ -117,8 +115,7 @@ class PackedLinear(PackedRows):
 
     def small(self) -> nn.Module:
         """The same layer with its packed weights, dequantized at each call (activations are not rounded there)."""
-        scale = self.scale.unsqueeze(1) if self.whole else None
-        return Linear(Weight(self.packed, (self.layer.outputs, self.layer.inputs), scale), self.bias).eval()
+        return Linear(self.stored(), self.bias).eval()
 
     def extra_repr(self) -> str:
         """The layer, as ``print(module)`` shows it."""

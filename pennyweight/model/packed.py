@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pennyweight.model.compact import GRID, PLANES, Weight
+
 M = TypeVar("M", bound=nn.Module)
 
 
@@ -59,10 +61,19 @@ class Packed(nn.Module, abc.ABC):
 
 
 FLOATS = {"fp16": torch.float16, "bf16": torch.bfloat16}
+BITS = {"int8": 8, "int4": 4, "int3": 3, "int2": 2}
+"""Bits of the whole numbers that dense layers and convolutions can be stored as."""
+
+
+def row_bytes(numbers: int, data_type: str) -> int:
+    """Bytes of so many weights of an output, with their scale."""
+    if data_type in BITS:
+        return sum(-(-numbers * plane // 8) for plane in PLANES.get(BITS[data_type], (8,))) + 4
+    return numbers * (4 if data_type == "fp32" else 2)
 
 
 class PackedRows(Packed):
-    """Weights as rows, one an output, in fp16, bf16, int8 or int4; whole numbers have a scale a row. The bias stays fp32."""
+    """Weights as rows, one an output, as floats or whole numbers with a scale a row. The bias stays fp32."""
 
     packed: Tensor
     scale: Tensor
@@ -71,9 +82,9 @@ class PackedRows(Packed):
     def __init__(self, outputs: int, numbers: int, data_type: str, bias: bool) -> None:
         super().__init__()
         self.numbers, self.data_type = numbers, data_type
-        self.whole = data_type in ("int8", "int4")
-        width = -(-numbers // 2) if data_type == "int4" else numbers
-        kind = {**FLOATS, "int8": torch.int8, "int4": torch.uint8}[data_type]
+        self.whole = data_type in BITS
+        width = row_bytes(numbers, data_type) - 4 if self.whole else numbers
+        kind = {**FLOATS, "int8": torch.int8}.get(data_type, torch.uint8)
         self.register_buffer("packed", torch.zeros(outputs, width, dtype=kind))
         if self.whole:
             self.register_buffer("scale", torch.ones(outputs))
@@ -81,20 +92,25 @@ class PackedRows(Packed):
 
     def levels(self) -> Tensor:
         """The whole numbers the weights are stored as, int8 [outputs, numbers]."""
-        if self.data_type == "int8":
-            return self.packed
-        return unpack_bits(self.packed, 4)[:, : self.numbers].to(torch.int8) - 8
+        return self.packed if self.data_type == "int8" else unpack_levels(self.packed, BITS[self.data_type], self.numbers)
+
+    def stored(self) -> Weight:
+        """The weights [outputs, numbers] in ordinary operations, as small as they are here."""
+        shape, scale = (len(self.packed), self.numbers), self.scale.unsqueeze(1) if self.whole else None
+        return Weight(self.packed, shape, scale, BITS.get(self.data_type, 8))
 
 
-def encoded(rows: Tensor, bias: Tensor | None, data_type: str) -> dict[str, Tensor]:
-    """The state of ``PackedRows`` from fp32 weights [outputs, numbers] and bias [outputs]."""
+def encoded(rows: Tensor, bias: Tensor | None, data_type: str, scale: Tensor | None = None) -> dict[str, Tensor]:
+    """The state of ``PackedRows`` from fp32 weights [outputs, numbers] and bias [outputs].
+
+    With ``scale`` [outputs], whole numbers are rounded at that scale; without, at the one that loses least.
+    """
     rest = {} if bias is None else {"bias": bias.clone()}
     if data_type in FLOATS:
         return {"packed": rows.to(FLOATS[data_type]), **rest}
-    whole, scale = scaled(rows, 8 if data_type == "int8" else 4, (1,))
-    if data_type == "int4":
-        whole = pack_bits(F.pad((whole + 8).to(torch.uint8), (0, rows.shape[1] % 2)), 4)
-    return {"packed": whole, "scale": scale.squeeze(1), **rest}
+    bits = BITS[data_type]
+    whole, scale = scaled(rows, bits, (1,), scale if scale is None else scale.unsqueeze(1))
+    return {"packed": whole if bits == 8 else pack_levels(whole, bits), "scale": scale.squeeze(1), **rest}
 
 
 def blank(kind: type[M], *args: Any, **kwargs: Any) -> M:
@@ -118,18 +134,58 @@ def unpack_bits(packed: Tensor, bits: int) -> Tensor:
     return values.flatten(-2)
 
 
-def scaled(weight: Tensor, bits: int, dims: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+def pack_levels(whole: Tensor, bits: int) -> Tensor:
+    """Whole numbers int8 [..., n] of a ``nearest`` below 8 bits, as bytes uint8 [..., m]."""
+    step, offset = GRID[bits]
+    rest = ((whole + offset) // step).to(torch.uint8)
+    planes = []
+    for plane in PLANES[bits]:
+        low = rest & (2**plane - 1)
+        planes.append(pack_bits(F.pad(low, (0, -rest.shape[-1] % (8 // plane))), plane))
+        rest = rest >> plane
+    return torch.cat(planes, -1)
+
+
+def unpack_levels(packed: Tensor, bits: int, count: int) -> Tensor:
+    """The inverse of ``pack_levels``: int8 [..., count]."""
+    widths, (step, offset) = [-(-count * plane // 8) for plane in PLANES[bits]], GRID[bits]
+    parts = zip(torch.split(packed, widths, -1), PLANES[bits], strict=True)
+    low, *high = [unpack_bits(part, plane)[..., :count] for part, plane in parts]
+    for plane in high:
+        low = low | plane << PLANES[bits][0]
+    return (low * step).to(torch.int8) - offset
+
+
+def nearest(values: Tensor, bits: int) -> Tensor:
+    """The whole numbers nearest to ``values`` that are stored in so many bits.
+
+    All within 7 for 4 bits, within 127 for 8. Fewer bits hold the odd numbers within 7 or 3: there another level is worth
+    more than a zero (for normal weights a fifth less squared error at 3 bits, a third at 2).
+    """
+    if bits < 4:
+        top = 2**bits - 1
+        return ((values - 1) / 2).round().mul(2).add(1).clamp(-top, top)
+    top = 2 ** (bits - 1) - 1
+    return values.round().clamp(-top, top)
+
+
+def scaled(weight: Tensor, bits: int, dims: tuple[int, ...], scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Symmetric whole numbers and their fp32 scale, one scale for each slice along ``dims`` (kept with size 1).
 
-    Below 8 bits the scale is the one, of 21 between half and the whole of the range, that loses least in squared error:
-    clipping a few outliers leaves finer steps for the rest. Zero stays exactly zero.
+    Below 8 bits the scale is the one, of 21 between half (or .3, below 4 bits) and the whole of the range, that loses least
+    in squared error: clipping a few outliers leaves finer steps for the rest. From 4 bits, zero stays exactly zero.
     """
-    top = 2 ** (bits - 1) - 1
-    whole = weight.abs().amax(dims, keepdim=True).div(top)
+    if scale is None:
+        scale = _search(weight, bits, dims)
+    return nearest(weight / scale, bits).to(torch.int8), scale
+
+
+def _search(weight: Tensor, bits: int, dims: tuple[int, ...]) -> Tensor:
+    whole = weight.abs().amax(dims, keepdim=True).div(2**bits - 1 if bits < 4 else 2 ** (bits - 1) - 1)
     whole = torch.where(whole > 0, whole, 1.0)
     best, least = whole, torch.full_like(whole, torch.inf)
-    for share in torch.linspace(1.0, 0.5, 21).tolist() if bits < 8 else (1.0,):
+    for share in torch.linspace(1.0, 0.5 if bits >= 4 else 0.3, 21).tolist() if bits < 8 else (1.0,):
         scale = whole * share
-        loss = (weight - (weight / scale).round().clamp(-top, top) * scale).square().sum(dims, keepdim=True)
+        loss = (weight - nearest(weight / scale, bits) * scale).square().sum(dims, keepdim=True)
         best, least = torch.where(loss < least, scale, best), torch.minimum(loss, least)
-    return (weight / best).round().clamp(-top, top).to(torch.int8), best
+    return best

@@ -48,7 +48,7 @@ def test_tables_move_the_scores_as_little_as_their_bits_allow(data_type: str, mo
     assert not rows_of(bundle.model.build(env.allow).item)[0].any()
 
 
-@pytest.mark.parametrize(("data_type", "most"), [("fp16", 1e-3), ("bf16", 0.01), ("int8", 0.03), ("int4", 0.25)])
+@pytest.mark.parametrize(("data_type", "most"), [("fp16", 1e-3), ("bf16", 0.01), ("int8", 0.03), ("int4", 0.25), ("int3", 0.5), ("int2", 1.0)])
 def test_dense_layers_too(data_type: str, most: float, given: Bundle, env: Env) -> None:
     bundle = QuantizeDense(data_type).apply(given, env)
     assert 0 < moved(given, bundle, env) < most

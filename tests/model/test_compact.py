@@ -46,7 +46,7 @@ def test_a_table(layer: Table) -> None:
         torch.testing.assert_close(small.weight, packed.weight, rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("data_type", ["fp16", "bf16", "int8", "int4"])
+@pytest.mark.parametrize("data_type", ["fp16", "bf16", "int8", "int4", "int3", "int2"])
 def test_a_dense_layer(data_type: str) -> None:
     g = torch.Generator().manual_seed(0)
     layer = Dense(33, 7, data_type=data_type)  # type: ignore[arg-type]

@@ -15,8 +15,8 @@ from pennyweight.model import conv
 from pennyweight.model.conv import Conv, PackedConv
 from pennyweight.model.spec import Layer
 
-TYPES = ["fp32", "fp16", "bf16", "int8", "int4"]
-ERROR = {"fp32": 1e-6, "fp16": 1e-3, "bf16": 4e-3, "int8": 0.02, "int4": 0.12}
+TYPES = ["fp32", "fp16", "bf16", "int8", "int4", "int3", "int2"]
+ERROR = {"fp32": 1e-6, "fp16": 1e-3, "bf16": 4e-3, "int8": 0.02, "int4": 0.12, "int3": 0.2, "int2": 0.36}
 """Mean error as a share of the mean output, for normal weights and inputs."""
 SHAPES = {
     "image": (Conv(16, 24, (3, 3), (1, 1), (1, 1), (1, 1)), (16, 9, 8)),
@@ -83,7 +83,7 @@ def test_bytes_are_the_bytes_of_its_state(data_type: str, shape: str, bias: bool
 
 @pytest.mark.parametrize("narrow", [False, True])
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("data_type", ["int8", "int4"])
+@pytest.mark.parametrize("data_type", ["int8", "int4", "int3", "int2"])
 def test_without_the_operator_the_numbers_are_the_same(
     data_type: str, shape: str, narrow: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:

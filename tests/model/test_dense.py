@@ -13,8 +13,8 @@ from pennyweight.model import dense
 from pennyweight.model.dense import Dense, Identity, Norm
 from pennyweight.model.spec import Layer
 
-TYPES = ["fp32", "fp16", "bf16", "int8", "int4"]
-ERROR = {"fp32": 1e-6, "fp16": 1e-3, "bf16": 4e-3, "int8": 0.015, "int4": 0.12}
+TYPES = ["fp32", "fp16", "bf16", "int8", "int4", "int3", "int2"]
+ERROR = {"fp32": 1e-6, "fp16": 1e-3, "bf16": 4e-3, "int8": 0.015, "int4": 0.12, "int3": 0.2, "int2": 0.36}
 """Mean error as a share of the mean output, for normal weights and inputs."""
 SHAPES = [(200, 96), (201, 100), (7, 3)]
 """Two that are multiplied in int8, one of an odd width; and one too small for it."""
