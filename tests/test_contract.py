@@ -66,6 +66,8 @@ CASES = (
     Case(Distill(epochs=2), idle=Distill(epochs=0)),
     Case(QuantizeTables(data_type="int4")),
     Case(QuantizeDense(data_type="int8")),
+    Case(QuantizeDense(data_type="bf16")),
+    Case(QuantizeDense(data_type="int3", feedback=True)),
     Case(QuantizeOnnx("int8")),
     Case(QuantizeOnnx("int8-static")),
     Case(QuantizeOnnx("int4")),

@@ -20,6 +20,7 @@ from pennyweight.core.measure import latency
 from pennyweight.model.bundle import Bundle
 from pennyweight.model.conv import Conv
 from pennyweight.model.dense import Dense, Norm
+from pennyweight.model.packed import BITS
 from pennyweight.model.spec import Batch, Layer, call, leaves
 from pennyweight.model.tables import Table
 from pennyweight.model.transform import Env, Plan, Transform
@@ -43,7 +44,7 @@ class Rates:
             rate = self.rows_per_ms.get(f"{layer.layout} {layer.data_type}", self.rows_per_ms["full fp32"])
             return self.call_ms + candidates * uses / rate
         kind = layer.data_type if isinstance(layer, (Dense, Conv)) else "fp32"
-        rate = self.flops_per_ms.get(kind, self.flops_per_ms["int8" if kind == "int4" else "fp32"])
+        rate = self.flops_per_ms.get(kind, self.flops_per_ms["int8" if kind in BITS else "fp32"])
         return self.call_ms + candidates * uses * layer.flops() / rate
 
 

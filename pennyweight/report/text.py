@@ -14,7 +14,7 @@ from pennyweight.optimize.prove import about, exactly, rounded
 from pennyweight.optimize.trial import Part, Quality, Result, Trial
 from pennyweight.report.view import cost_of, gains, missing, ms, name_of, over, roles, shown, upper
 
-DATA_TYPES = ("fp32", "fp16", "int8", "int4", "int2")
+DATA_TYPES = ("fp32", "fp16", "bf16", "int8", "int4", "int3", "int2")
 QUALITY = ("metric", "rows", "drop", "drop_low_95", "drop_upper_95", "margin", "method", "rows_needed")
 
 
