@@ -54,7 +54,7 @@ USUAL: dict[Task, tuple[Literal["bce", "cross-entropy", "mse", "bpr"], str]] = {
 
 OF_TASK: dict[Task, tuple[str, ...]] = {
     "binary": ("auc", "accuracy", "log_loss", "normalized_entropy"),
-    "multi-class": ("accuracy",),
+    "multi-class": ("accuracy", "log_loss"),
     "regression": ("mse",),
 }
 """Metrics that can be proven of a task; a ranking's are ``ndcg@K``, ``recall@K`` and ``hit_rate@K``."""

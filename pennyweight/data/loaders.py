@@ -137,8 +137,13 @@ def credit_default(path: Place, out: Place, *, seed: int = 0) -> Split:
     return _parted(columns, schema, words, _stratified(columns["label"], (0.8, 0.1, 0.1), seed), out)
 
 
-def mnist(path: Place, out: Place, *, seed: int = 0) -> Split:
-    """5,000 handwritten digits: ``x`` is 784 pixels from 0 to 1, the label one of 10 classes; 3,500/500/1,000, stratified."""
+def mnist(path: Place, out: Place, *, fold: int = 0, seed: int = 0) -> Split:
+    """5,000 handwritten digits: ``x`` is 784 pixels from 0 to 1, the label one of 10 classes; 3,500/500/1,000, stratified.
+
+    ``fold`` of five is the test part; an eighth of the rest is valid.
+    """
+    if not 0 <= fold < 5:
+        raise ConfigError(f"fold {fold} is not one of 0 to 4")
     file = Path(path) / "mnist_5k.csv.gz"
     table = _csv(file, header=False).to_numpy()
     if table.shape[1] != 785 or table.min() < 0 or table[:, :784].max() > 255 or table[:, 784].max() > 9:
@@ -146,7 +151,10 @@ def mnist(path: Place, out: Place, *, seed: int = 0) -> Split:
         raise DataError(f"{file}: {found}; 784 pixels (0-255) and a digit are needed")
     columns = {"x": (table[:, :784] / 255).astype(np.float32), "label": table[:, 784]}
     schema = Schema((Column("x", "context", "numeric", 0, 784), Column("label", "label", "numeric", 10)))
-    return _parted(columns, schema, {}, _stratified(columns["label"], (0.7, 0.1, 0.2), seed), out)
+    test = _stratified(columns["label"], (0.2,) * 5, seed) == fold
+    part = np.full(len(test), TEST)
+    part[~test] = _stratified(columns["label"][~test], (0.875, 0.125), seed + 1)
+    return _parted(columns, schema, {}, part, out)
 
 
 def movie_review(path: Place, out: Place, *, fold: int = 0, length: int = 56, seed: int = 0) -> Split:

@@ -9,7 +9,8 @@ Row 0 of a table is padding and is zero; a replacement keeps that, since pooled 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import groupby
 
 import torch
 from torch import Tensor, nn
@@ -49,6 +50,30 @@ def tables(columns: Sequence[Column], dim: int, std: float = 0.01) -> nn.ModuleD
     return nn.ModuleDict({key(name): table(size, dim, std) for name, size in sizes.items()})
 
 
+class Beside(Mapping[str, Tensor]):
+    """A batch whose columns lie side by side in few tensors, as an engine takes them: ``given`` names each tensor's columns."""
+
+    def __init__(self, given: Sequence[tuple[str, ...]], tensors: Sequence[Tensor]) -> None:
+        self.whole = dict(zip(given, tensors, strict=True))
+        self.place = {name: (columns, k) for columns in given for k, name in enumerate(columns)}
+
+    def __getitem__(self, name: str) -> Tensor:
+        columns, k = self.place[name]
+        return self.whole[columns][:, k] if len(columns) > 1 else self.whole[columns]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.place)
+
+    def __len__(self) -> int:
+        return len(self.place)
+
+
+def stacked(batch: Batch, names: tuple[str, ...]) -> Tensor:
+    """Columns [B] of one type side by side, [B, columns]; where they lie so already, as they are."""
+    ready = batch.whole.get(names) if isinstance(batch, Beside) and len(names) > 1 else None
+    return torch.stack([batch[n] for n in names], 1) if ready is None else ready
+
+
 class Lookup(nn.Module):
     """Columns to one vector a row, by tables that somebody else holds: the embeddings, then the numbers, normalized.
 
@@ -60,7 +85,7 @@ class Lookup(nn.Module):
         super().__init__()
         embedded = [c for c in columns if c.kind in ("categorical", "sequence")]
         numeric = [c for c in columns if c.kind == "numeric"]
-        self._lookups = [(c.name, key(c.table), c.kind == "sequence") for c in embedded]
+        self.lookups = [(c.name, key(c.table), c.kind == "sequence") for c in embedded]
         self._numbers = [(c.name, c.length > 0) for c in numeric]
         self.dim, self.fields = dim, len(embedded)
         self.numbers = sum(max(1, c.length) for c in numeric)
@@ -71,10 +96,16 @@ class Lookup(nn.Module):
 
     def forward(self, batch: Batch, tables: nn.ModuleDict) -> Tensor:
         """[B, width]."""
-        parts = [_looked_up(tables[t], batch[n], many) for n, t, many in self._lookups]
-        if self._numbers:
+        parts = [_looked_up(tables[t], batch[n], many) for n, t, many in self.lookups]
+        return self.join(batch, parts)
+
+    def join(self, batch: Batch, parts: list[Tensor]) -> Tensor:
+        """[B, width] from the embeddings, one or several a tensor, and the batch's numbers."""
+        if self._numbers and any(vector for _, vector in self._numbers):
             numbers = [batch[n] if vector else batch[n].unsqueeze(1) for n, vector in self._numbers]
             parts.append(self.norm(torch.cat(numbers, 1)))
+        elif self._numbers:
+            parts.append(self.norm(stacked(batch, tuple(n for n, _ in self._numbers))))
         return torch.cat(parts, 1) if len(parts) > 1 else parts[0]
 
     def split(self, flat: Tensor) -> tuple[Tensor, Tensor]:
@@ -121,6 +152,47 @@ class Embeddings(nn.Module):
     def numbers(self, flat: Tensor) -> Tensor:
         """The numbers in the output, a view [B, N]."""
         return self.lookup.split(flat)[1]
+
+    def fused(self) -> Embeddings:
+        """The same with all tables in one, for engines that pay by the operation; itself where a table is not plain rows."""
+        plain = all(type(t) is nn.Embedding for t in self.tables.values())
+        return _Fused(self.tables, self.lookup, self.width) if plain else self
+
+
+class _Fused(Embeddings):
+    """Tables end to end: neighbouring columns are looked up at once."""
+
+    def __init__(self, tables: nn.ModuleDict, lookup: Lookup, width: int) -> None:
+        nn.Module.__init__(self)
+        self.lookup, self.width = lookup, width
+        weights = {name: rows.get_parameter("weight").detach() for name, rows in tables.items()}
+        every = torch.cat(list(weights.values()))
+        self.rows = nn.Embedding(len(every), every.shape[1], _weight=every)
+        starts = dict(zip(weights, torch.tensor([0, *(len(w) for w in weights.values())]).cumsum(0).tolist(), strict=False))
+        self._runs = []
+        for pooling, run in groupby(lookup.lookups, key=lambda c: c[2]):
+            columns = list(run)
+            shift = torch.tensor([starts[table] for _, table, _ in columns])
+            self._runs.append((tuple(name for name, _, _ in columns), pooling))
+            self.register_buffer(f"shift{len(self._runs) - 1}", shift)
+
+    def forward(self, batch: Batch) -> Tensor:
+        """[B, width]."""
+        parts = []
+        for k, (names, pooling) in enumerate(self._runs):
+            shift: Tensor = getattr(self, f"shift{k}")
+            if pooling:
+                parts += [_shifted(self.rows, batch[n], by) for n, by in zip(names, shift, strict=True)]
+            else:
+                parts.append(self.rows(stacked(batch, names) + shift).flatten(1))
+        return self.lookup.join(batch, parts)
+
+
+def _shifted(rows: nn.Module, ids: Tensor, by: Tensor) -> Tensor:
+    """As ``pooled``, of a table that starts ``by`` rows later."""
+    real = ids.ne(PAD)
+    total: Tensor = (rows(ids + by) * real.unsqueeze(2)).sum(1) / real.sum(1, keepdim=True).clamp_min(1)
+    return total
 
 
 class Dropout(nn.Dropout):

@@ -65,6 +65,9 @@ class Recipe:
     """Epochs without a better validation metric before training stops; at each the learning rate is decayed."""
     metric: str = "auc"
     """What validation looks at: a name of ``metrics.METRICS``, or ``ndcg@10``, ``recall@20``, ``hit_rate@10``."""
+    select: str = ""
+    """What chooses the best epoch and when to stop, if not ``metric``: log loss tells apart what accuracy on a few hundred
+    rows cannot."""
     lr_decay: float = 0.1
     """Factor on the learning rate after an epoch that was no better; 1 keeps it."""
     schedule: Literal["plateau", "cosine"] = "plateau"
@@ -94,7 +97,13 @@ class Recipe:
                 raise ConfigError(f"recipe {name} is {getattr(self, name)}; it must not be negative")
         if not 0 <= self.distill_alpha <= 1:
             raise ConfigError(f"recipe distill_alpha is {self.distill_alpha}; it must be between 0 and 1")
-        metrics.ranking(self.metric)
+        for name in (self.metric, self.selector):
+            metrics.ranking(name)
+
+    @property
+    def selector(self) -> str:
+        """The metric that chooses the best epoch."""
+        return self.select or self.metric
 
 
 @dataclasses.dataclass(frozen=True)
@@ -174,7 +183,7 @@ def fit(
     rows = _rows(module, train, recipe)
     taught, batchwise = _taught(rows, teacher, recipe, inputs)
     loss = _loss(module, taught, recipe, inputs, teacher if recipe.dealt else batchwise)
-    judge = _judge(train, valid, recipe.metric, inputs)
+    judge = _judge(train, valid, recipe, inputs)
     identity = "" if checkpoint is None else dumps([encode(recipe), seed, train.fingerprint, _shapes(module)])
     with torch.random.fork_rng(devices=[]), _interrupts() as interrupted:
         torch.manual_seed(seed)
@@ -301,14 +310,24 @@ def _loss(module: nn.Module, train: Dataset, recipe: Recipe, inputs: Sequence[st
     return asking
 
 
-def _judge(train: Dataset, valid: Dataset, metric: str, inputs: Sequence[str]) -> Callable[[nn.Module], float]:
-    asked = metrics.ranking(metric)
-    if asked is None:
-        labels = valid.column(valid.schema.label.name)
-        return lambda module: METRICS[metric].of(labels, scores(module, valid, inputs=inputs))
-    field, k = asked
-    queries = Queries.of(valid, [train])
-    return lambda module: float(getattr(queries.rank(module, k), field))
+def _judge(train: Dataset, valid: Dataset, recipe: Recipe, inputs: Sequence[str]) -> Callable[[nn.Module], tuple[float, float]]:
+    """A function from the module to the validation metric and to the one that selects; rows are scored once for both."""
+    names = list(dict.fromkeys((recipe.metric, recipe.selector)))
+    asked = {name: metrics.ranking(name) for name in names}
+    labels = valid.column(valid.schema.label.name) if None in asked.values() else None
+    queries = Queries.of(valid, [train]) if any(asked.values()) else None
+
+    def judge(module: nn.Module) -> tuple[float, float]:
+        said = None if labels is None else scores(module, valid, inputs=inputs)
+        found = []
+        for name, ranked in asked.items():
+            if ranked is None:
+                found.append(METRICS[name].of(cast(NDArray[Any], labels), cast(NDArray[Any], said)))
+            else:
+                found.append(float(getattr(cast(Queries, queries).rank(module, ranked[1]), ranked[0])))
+        return found[0], found[-1]
+
+    return judge
 
 
 def optimizer(module: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
@@ -389,6 +408,9 @@ class _State:
     step: int = 0
     """Steps done in the next one."""
     best: float | None = None
+    """Of the metric that selects."""
+    metric: float = 0.0
+    """The validation metric of the best epoch."""
     best_epoch: int = 0
     waited: int = 0
     """Epochs since the best."""
@@ -409,7 +431,7 @@ class _Run:
         recipe: Recipe,
         seed: int,
         loss: losses.Loss,
-        judge: Callable[[nn.Module], float],
+        judge: Callable[[nn.Module], tuple[float, float]],
         checkpoint: Path | None,
         identity: str,
         progress: Callable[[Progress | EpochLog], None] | None,
@@ -446,7 +468,7 @@ class _Run:
                 self.module.load_state_dict(self.best)
             self.module.eval()
         assert self.state.best is not None
-        return Fit(self.state.history, self.state.best_epoch, self.state.best, time.monotonic() - self.began, stopped)
+        return Fit(self.state.history, self.state.best_epoch, self.state.metric, time.monotonic() - self.began, stopped)
 
     def _epoch(self) -> bool:
         """Train to the end of the epoch; False if there is no time for all of it."""
@@ -495,22 +517,21 @@ class _Run:
             )
         if self.progress is not None:
             left = (self.recipe.epochs - self.state.epoch) * self.steps - done
-            best = self.state.best or 0.0
             rows = pace * self.recipe.batch
             eta = min(left / pace, self.deadline - now)
-            self.progress(Progress(self.state.epoch + 1, self.recipe.epochs, done, self.steps, loss, best, rows, eta))
+            self.progress(Progress(self.state.epoch + 1, self.recipe.epochs, done, self.steps, loss, self.state.metric, rows, eta))
 
     def _consider(self, epoch: int) -> bool:
         """Judge the weights as they are, keep them if they are the best; True if so."""
         began = time.monotonic()
-        metric = self.judge(self.module)
+        metric, selected = self.judge(self.module)
         self.judged_s = time.monotonic() - began
         best = self.state.best
-        sign = 1 if metrics.higher(self.recipe.metric) else -1
-        better = best is None or sign * metric > sign * best
+        sign = 1 if metrics.higher(self.recipe.selector) else -1
+        better = best is None or sign * selected > sign * best
         if better:
             self.best = {k: v.detach().clone() for k, v in self.module.state_dict().items()}
-            self.state = dataclasses.replace(self.state, best=metric, best_epoch=epoch)
+            self.state = dataclasses.replace(self.state, best=selected, metric=metric, best_epoch=epoch)
         if epoch:
             log = EpochLog(epoch, self.total.item() / self.state.step, metric, self.state.seconds + self.judged_s)
             self.state = dataclasses.replace(self.state, history=(*self.state.history, log))

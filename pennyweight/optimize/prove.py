@@ -239,7 +239,11 @@ def _resampled(before: Statistic, after: Statistic, units: NDArray[Any], unit: s
 
 
 def _log_loss(labels: Floats, logits: Floats) -> Floats:
-    return np.asarray(np.logaddexp(0, logits) - labels * logits)
+    """-log(probability of what happened), in nats: logits of 1 against 0, or ``[rows, classes]``."""
+    if logits.ndim == 1:
+        return np.asarray(np.logaddexp(0, logits) - labels * logits)
+    right = np.take_along_axis(logits, labels.astype(np.int64)[:, None], 1)[:, 0]
+    return np.asarray(np.logaddexp.reduce(logits, axis=1) - right)
 
 
 def _accuracy(labels: Floats, scores: Floats) -> Floats:
@@ -263,7 +267,7 @@ def prove(
     Args:
         metric: ``auc``, ``accuracy``, ``log_loss``, ``normalized_entropy`` or ``mse``; for any other, compute a value per user
             and hand both arrays to ``means``, then ``judge``.
-        labels: ``[rows]`` 0 and 1 (for accuracy over classes: the class).
+        labels: ``[rows]`` 0 and 1 (for accuracy and log loss over classes: the class).
         baseline_scores: ``[rows]`` logits of the baseline (or ``[rows, classes]``).
         scores: logits of the candidate, same rows.
         margin: largest drop that counts as equal, fixed before looking.
@@ -281,12 +285,13 @@ def prove(
         )
     if metric == "auc":
         return judge(metric, delong(labels, baseline_scores, scores, users), margin)
-    y, (a, b), who = _checked(labels, baseline_scores, scores, users, classes=metric == "accuracy")
+    y, (a, b), who = _checked(labels, baseline_scores, scores, users, classes=metric in ("accuracy", "log_loss"))
     if metric == "accuracy":
         return judge(metric, means(_accuracy(y, a), _accuracy(y, b), who), margin)
     if metric == "mse":
         return judge(metric, _lower(np.square(y - a), np.square(y - b), who), margin)
-    _binary(y)
+    if a.ndim == 1:
+        _binary(y)
     if metric == "log_loss":
         return judge(metric, _lower(_log_loss(y, a), _log_loss(y, b), who), margin)
     units, unit = (np.arange(len(y)), "rows") if who is None else (who, "users")

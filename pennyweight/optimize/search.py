@@ -58,6 +58,9 @@ Watch = Callable[["Step"], None]
 
 RECORD = "search.json"
 
+Z95 = 1.645
+"""Standard errors from a mean to its one-sided 95 % bound."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Step:
@@ -107,6 +110,8 @@ class Outcome:
 
     result: Result
     bundle: Bundle
+    safest: Bundle
+    """The plan within the budget that validation trusts most, proven or not: what to look at with more rows."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -320,7 +325,8 @@ class Search:
         write(self.out / RECORD, dumps(head))
         fit = [t for t in self.trials if self.acceptable(t)]
         if fit:
-            best = min(fit, key=self._objective)
+            # Those inside the margin first; then those that only noise may have put outside.
+            best = min(fit, key=lambda t: (t.validation is not None and t.validation.drop > self.margin, self._objective(t)))
             if best is self.trials[-1]:
                 save(self.bundles[_key(best.plan)], self.out / "best")
 
@@ -450,8 +456,15 @@ class Search:
         return any(map(self._held, made))
 
     def _held(self, trial: Trial) -> bool:
-        """No worse than the margin on validation."""
-        return trial.validation is not None and trial.validation.drop <= self.margin
+        """No worse than the margin on validation.
+
+        Accuracy moves by whole rows: what is within a standard error of the margin is left to the proof.
+        """
+        if trial.validation is None:
+            return False
+        found = trial.validation
+        room = (found.drop - found.drop_low_95) / Z95 if self.options.metric == "accuracy" else 0.0
+        return found.drop <= self.margin + room
 
     def acceptable(self, trial: Trial) -> bool:
         """Within the budget as measured, and no worse than the margin on validation."""
@@ -595,7 +608,7 @@ def _conclude(search: Search, control: Trial | None) -> Outcome:
         write(search.out / "result.json", dumps(result))
     if not finalists:
         raise _infeasible(search)
-    return Outcome(result, best)
+    return Outcome(result, best, search.bundles[_key(finalists[0].plan)])
 
 
 def _timed(search: Search, proven: Sequence[Trial]) -> tuple[Trial | None, Bundle]:

@@ -77,7 +77,7 @@ def test_an_export_takes_any_number_of_candidates(quantized: Net, exported: Expo
 
 
 def test_an_export_reads_only_what_the_model_reads(exported: Exported) -> None:
-    assert exported.names == ("user", "history", "age")
+    assert [n for columns in exported.inputs.values() for n in columns] == ["user", "history", "age"]
 
 
 def test_an_export_leaves_no_file_and_no_noise(

@@ -191,6 +191,15 @@ def test_mnist_is_a_vector_and_a_class(tmp_path: Path) -> None:
     assert np.bincount(batch["label"].numpy()).tolist() == [4] * 10
 
 
+def test_digits_are_five_folds(tmp_path: Path) -> None:
+    mnist(tmp_path)
+    parts = [loaders.mnist(tmp_path, tmp_path / "out", fold=fold) for fold in range(5)]
+    assert [[len(p) for p in split] for split in parts] == [[140, 20, 40]] * 5
+    assert len({split.test.fingerprint for split in parts}) == 5
+    with pytest.raises(ConfigError, match="fold 5 is not one of 0 to 4"):
+        loaders.mnist(tmp_path, tmp_path / "out", fold=5)
+
+
 def test_reviews_are_ten_folds(tmp_path: Path) -> None:
     reviews(tmp_path)
     tests = []

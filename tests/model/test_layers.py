@@ -10,7 +10,7 @@ from torch import nn
 from pennyweight.core.errors import ConfigError
 from pennyweight.data.schema import Column
 from pennyweight.model import layers
-from pennyweight.model.layers import FM, MLP, Cross, Dropout, Embeddings, Interaction
+from pennyweight.model.layers import FM, MLP, Beside, Cross, Dropout, Embeddings, Interaction
 
 COLUMNS = (
     Column("user", "user", "categorical", 9),
@@ -44,6 +44,25 @@ def test_embeddings_look_up_pool_and_append_numbers() -> None:
     assert torch.equal(fields[1, 1], torch.zeros(3))
     assert torch.allclose(fields[2, 1], items[2:6].mean(0))
     assert torch.allclose(numbers, torch.tensor([[1.0, 0, 1], [2, 2, 3], [3, 4, 5]]), atol=1e-4)
+
+
+def test_tables_in_one_give_the_same() -> None:
+    given = Embeddings(COLUMNS, 3, std=1.0).eval()
+    fused = given.fused()
+    assert fused is not given and fused.width == given.width
+    torch.testing.assert_close(fused(BATCH), given(BATCH))
+    beside = Beside([("user", "item"), *((n,) for n in BATCH if n not in ("user", "item"))], [
+        torch.stack([BATCH["user"], BATCH["item"]], 1), *(BATCH[n] for n in BATCH if n not in ("user", "item"))
+    ])  # fmt: skip
+    assert dict(beside).keys() == BATCH.keys() and len(beside) == len(BATCH)
+    torch.testing.assert_close(fused(beside), given(BATCH))
+    torch.testing.assert_close(given(beside), given(BATCH))
+
+
+def test_tables_that_are_not_plain_rows_stay_apart() -> None:
+    given = Embeddings(COLUMNS, 4)
+    given.tables["user"] = nn.EmbeddingBag(9, 4)
+    assert given.fused() is given
 
 
 def test_numbers_are_normalized_while_training() -> None:

@@ -114,6 +114,26 @@ def test_registry_takes_logits() -> None:
     assert metrics.higher("auc") and metrics.higher("ndcg@10") and not metrics.higher("log_loss")
 
 
+def test_log_loss_of_classes_agrees_with_scikit_learn() -> None:
+    rng = np.random.default_rng(0)
+    y, z = rng.integers(0, 4, 200), rng.normal(size=(200, 4))
+    said = np.exp(z) / np.exp(z).sum(1, keepdims=True)
+    assert metrics.METRICS["log_loss"].of(y, z) == pytest.approx(oracle.log_loss(y, said))
+    two = np.stack([np.zeros(200), z[:, 0]], 1)
+    assert metrics.METRICS["log_loss"].of(y % 2, two) == pytest.approx(metrics.METRICS["log_loss"].of(y % 2, z[:, 0]))
+
+
+@pytest.mark.parametrize("classes", [0, 4])
+def test_refined_log_loss_is_blind_to_confidence_and_not_to_order(classes: int) -> None:
+    rng = np.random.default_rng(1)
+    y = rng.integers(0, classes or 2, 500)
+    z = rng.normal(size=(500, classes)) + 2 * np.eye(classes)[y] if classes else rng.normal(size=500) + 2 * y - 1
+    of = metrics.METRICS["refined_log_loss"].of
+    assert of(y, z) == pytest.approx(of(y, 7 * z), rel=1e-4)
+    assert of(y, z) <= metrics.METRICS["log_loss"].of(y, z)
+    assert of(y, z + rng.normal(size=z.shape)) > of(y, z)
+
+
 def test_bad_input_is_named() -> None:
     with pytest.raises(DataError, match="of 3 labels 0 are positive"):
         metrics.auc([0, 0, 0], [1, 2, 3])

@@ -194,8 +194,6 @@ def test_distillation_follows_the_teacher_and_the_cache_equals_asking_each_time(
     told = scores(teacher, valid)
     assert np.allclose(scores(cached, valid), scores(asked, valid), atol=1e-3)
     assert np.corrcoef(scores(cached, valid), told)[0, 1] > np.corrcoef(scores(alone, valid), told)[0, 1]
-    with pytest.raises(ConfigError, match="not with 'bpr'"):
-        fit(MatrixFactorization(COLUMNS), data, valid, Recipe(loss="bpr", metric="ndcg@10"), teacher=teacher)
 
 
 def test_classes_and_numbers_are_learned_too() -> None:
@@ -285,3 +283,14 @@ def test_a_recipe_that_does_not_fit_the_model_is_refused() -> None:
         fit(dnn(), rows(), rows(1), Recipe(metric="ndcg@10"))
     with pytest.raises(ConfigError, match="no parameter that can be trained"):
         fit(dnn().requires_grad_(False), rows(), rows(1), RECIPE)
+
+
+def test_another_metric_may_select_the_epoch() -> None:
+    valid = rows(1)
+    shown = fit(dnn(), rows(), valid, dataclasses.replace(RECIPE, metric="accuracy", select="log_loss", lr_decay=1.0))
+    alone = fit(dnn(), rows(), valid, dataclasses.replace(RECIPE, metric="log_loss", lr_decay=1.0))
+    assert shown.best_epoch == alone.best_epoch
+    assert [e.metric for e in shown.history] != [e.metric for e in alone.history]
+    assert shown.metric == shown.history[shown.best_epoch - 1].metric > 0.7
+    with pytest.raises(ConfigError, match="unknown metric 'sharpness'"):
+        Recipe(select="sharpness")

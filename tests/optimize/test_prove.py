@@ -128,6 +128,14 @@ def test_accuracy_over_classes_takes_the_largest():
     assert p.prove("accuracy", [2, 0, 0], scores, scores, margin=0.5).value == pytest.approx(2 / 3)
 
 
+def test_log_loss_over_classes_is_that_of_sklearn():
+    rng = np.random.default_rng(7)
+    y, a, b = rng.integers(0, 3, 400), rng.normal(size=(400, 3)), rng.normal(size=(400, 3))
+    found = p.prove("log_loss", y, a, b, margin=0.1)
+    said = [np.exp(z) / np.exp(z).sum(1, keepdims=True) for z in (a, b)]
+    assert (found.baseline, found.value) == pytest.approx((log_loss(y, said[0]), log_loss(y, said[1])))
+
+
 def test_values_per_user():
     rng = np.random.default_rng(6)
     before = rng.random(400)
