@@ -191,7 +191,7 @@ def outputs(model: Model, env: Env) -> Tensor:
 def content(bundle: Bundle) -> Any:
     """All a bundle says, comparable: tensors by their bytes."""
     state = {
-        k: (t.dtype, t.shape, hashlib.sha256(t.contiguous().cpu().numpy().tobytes()).hexdigest())
+        k: (t.dtype, t.shape, hashlib.sha256(t.contiguous().cpu().flatten().view(torch.uint8).numpy().tobytes()).hexdigest())
         for k, t in bundle.model.state.items()
     }
     values = (bundle.model.spec, bundle.placement, bundle.runtime, bundle.policy, bundle.plan)

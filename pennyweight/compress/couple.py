@@ -97,6 +97,14 @@ class Group:
         """All its layers."""
         return tuple(dict.fromkeys(m.path for m in (*self.writers, *self.between, *self.readers)))
 
+    def under(self, path: str) -> Group:
+        """The same where the module it was found in is a part of another, at ``path``."""
+
+        def moved(members: tuple[Member, ...]) -> tuple[Member, ...]:
+            return tuple(Member(f"{path}.{m.path}", m.slots) for m in members)
+
+        return Group(moved(self.writers), moved(self.between), moved(self.readers), self.width)
+
     def without(self, other: Group, kept: Tensor) -> Group:
         """This group once another was cut to these of its numbers: a layer that reads both has fewer inputs."""
 

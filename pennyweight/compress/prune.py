@@ -19,6 +19,7 @@ weights decide, as they must without data. Distillation brings most of the rest 
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, Literal, cast
 
@@ -35,7 +36,7 @@ from pennyweight.model.bundle import Bundle
 from pennyweight.model.conv import Conv
 from pennyweight.model.dense import Dense, Identity, Norm
 from pennyweight.model.layers import Dropout
-from pennyweight.model.spec import Layer, replace
+from pennyweight.model.spec import Batch, Layer, call, replace
 from pennyweight.model.transform import Env, Transform
 
 WIDE = 4096
@@ -85,15 +86,65 @@ def _chains(run: Sequence[tuple[str, nn.Module]]) -> Iterator[Chain]:
 def hidden(module: nn.Module, inputs: Sequence[str], rows: Dataset | None) -> list[Group]:
     """Hidden layers that can be made narrower, with all that must change with them.
 
-    A module that takes its inputs one by one is traced on two of ``rows``; without rows, or where it cannot be traced, its
-    ``chains`` are what there is.
+    A module that takes its inputs one by one is traced on two of ``rows``. Where it takes a batch by name, or cannot be
+    traced, its parts are: each child that takes tensors, such as the block of a transformer, on what two rows give it.
+    Without rows, its ``chains`` are what there is.
     """
-    if inputs and rows is not None and len(rows):
-        batch = next(iter(rows.head(2).batches(2)))
-        traced = groups(module, [batch[name] for name in inputs])
-        if traced is not None:
-            return traced
-    return [chain.group() for chain in chains(module)]
+    if rows is None or not len(rows):
+        return [chain.group() for chain in chains(module)]
+    batch = next(iter(rows.head(2).batches(2)))
+    traced = groups(module, [batch[name] for name in inputs]) if inputs else None
+    if traced is not None:
+        return traced
+    parts = dict(_parts(module, module, _given(module, batch, inputs)))
+    found = [group.under(path) for path, inner in parts.items() for group in inner]
+    found += [chain.group() for chain in chains(module) if not any(chain.first.startswith(f"{path}.") for path in parts)]
+    order = [path for path, _ in module.named_modules()]
+    return sorted(found, key=lambda group: order.index(group.name))
+
+
+def _given(module: nn.Module, batch: Batch, inputs: Sequence[str]) -> dict[str, tuple[Tensor, ...]]:
+    """The tensors that each part of a module is first called with while it scores a batch, if they are all it is given."""
+    seen: dict[str, tuple[Any, ...]] = {}
+
+    def hook(path: str) -> Any:
+        def see(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            if not kwargs and all(isinstance(a, Tensor) for a in args):
+                seen.setdefault(path, tuple(a.clone() for a in args))
+
+        return see
+
+    hooks = [m.register_forward_pre_hook(hook(path), with_kwargs=True) for path, m in module.named_modules() if path]
+    try:
+        with torch.no_grad():
+            call(module, batch, inputs)
+    finally:
+        for handle in hooks:
+            handle.remove()
+    return seen
+
+
+def _parts(
+    root: nn.Module, module: nn.Module, given: Mapping[str, tuple[Tensor, ...]], at: str = ""
+) -> Iterator[tuple[str, list[Group]]]:
+    """The largest parts of a module that can be traced, with their groups; smaller ones where weights are shared."""
+    for name, child in module.named_children():
+        path = f"{at}.{name}" if at else name
+        if not any(True for _ in child.children()):
+            continue
+        here, everywhere = _uses(child), _uses(root)
+        alone = path in given and all(everywhere[key] == count for key, count in here.items())
+        found = groups(child, given[path]) if alone else None
+        if found is None:
+            yield from _parts(root, child, given, path)
+        else:
+            yield path, found
+
+
+def _uses(module: nn.Module) -> Counter[int]:
+    """How often each layer and parameter of a module stands in it."""
+    every = [m for _, m in module.named_modules(remove_duplicate=False)]
+    return Counter(id(held) for m in every for held in (m, *m.parameters(recurse=False)))
 
 
 @named("prune-neurons")

@@ -6,6 +6,7 @@ kind is left alone. A pattern that matches nothing is refused, because it is a t
 
 from __future__ import annotations
 
+import dataclasses
 import fnmatch
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TypeVar
@@ -14,7 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from pennyweight.core.errors import PlanError
+from pennyweight.model.conv import Conv
+from pennyweight.model.dense import Dense, Norm
 from pennyweight.model.spec import Layer, Model, leaves
+from pennyweight.model.tables import Table
 
 L = TypeVar("L", bound=Layer)
 Change = tuple[Layer, Mapping[str, Tensor]]
@@ -34,6 +38,31 @@ def targets(
         if not fnmatch.filter(every, pattern):
             raise PlanError(f"no layer matches {pattern!r}; there are: {', '.join(every) or 'none of this kind'}")
     return {path: found for path, found in every.items() if chosen(path, only, skip)}
+
+
+@dataclasses.dataclass(frozen=True)
+class Untouched:
+    """A layer that holds weights and that no compression knows."""
+
+    path: str
+    kind: str
+    """The name of its class."""
+    bytes: int
+
+
+def untouched(module: nn.Module) -> list[Untouched]:
+    """Layers that stay as they are because their kind is unknown, the largest first, for whoever compresses to be told."""
+    known = [path for path, child in module.named_modules() if _known(child)]
+    found = []
+    for path, child in module.named_modules():
+        own = sum(t.nbytes for name, t in child.state_dict().items() if "." not in name)
+        if own and not any(path == k or path.startswith(f"{k}.") for k in known):
+            found.append(Untouched(path, type(child).__name__, own))
+    return sorted(found, key=lambda u: (-u.bytes, u.path))
+
+
+def _known(module: nn.Module) -> bool:
+    return isinstance(getattr(module, "layer", None), Layer) or any(of(module) for of in (Table.of, Dense.of, Conv.of, Norm.of))
 
 
 def chosen(path: str, only: Sequence[str], skip: Sequence[str]) -> bool:

@@ -2,17 +2,21 @@
 
 import dataclasses
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
 from pennyweight.compress import prune
-from pennyweight.compress.prune import Chain, FoldNorms, PruneNeurons, chains
+from pennyweight.compress.prune import Chain, FoldNorms, PruneNeurons, chains, hidden
 from pennyweight.compress.quantize import QuantizeDense
 from pennyweight.core.errors import ConfigError, PlanError
+from pennyweight.data.dataset import Dataset
+from pennyweight.data.schema import Column, Schema
 from pennyweight.model.bundle import Bundle, load, save
 from pennyweight.model.dense import Dense, Identity, Norm
-from pennyweight.model.spec import Model, call
+from pennyweight.model.sequential import SASRec
+from pennyweight.model.spec import Model, build, call, spec_of
 from pennyweight.model.transform import Env
 
 
@@ -165,6 +169,41 @@ def test_layers_that_no_row_reaches_are_scored_by_weights(given: Bundle, env: En
     blind = PruneNeurons(score="activation").apply(given, env).model.state
     weight = PruneNeurons(score="weight").apply(given, env).model.state
     assert all(torch.equal(blind[n], weight[n]) for n in weight)
+
+
+@pytest.fixture(scope="module")
+def histories() -> Dataset:
+    rng = np.random.default_rng(0)
+    schema = Schema(
+        (
+            Column("user", "user", "categorical", 60),
+            Column("item", "item", "categorical", 90),
+            Column("seen", "user", "sequence", 90, 8, shares="item"),
+            Column("label", "label", "numeric"),
+        )
+    )
+    rows = {"user": rng.integers(2, 60, 200), "item": rng.integers(2, 90, 200), "seen": rng.integers(0, 90, (200, 8))}
+    return Dataset.from_arrays({**rows, "label": rng.integers(0, 2, 200).astype(np.float32)}, schema)
+
+
+def test_the_blocks_of_a_transformer_are_cut_though_the_model_cannot_be_traced(histories: Dataset) -> None:
+    spec = spec_of(SASRec, columns=histories.schema.columns, dim=32, heads=2)
+    torch.manual_seed(0)
+    module = build(spec).eval()
+    found = [(g.name, g.width, [m.path for m in g.readers]) for g in hidden(module, (), histories)]
+    assert found == [("blocks.0.wide", 32, ["blocks.0.narrow"]), ("blocks.1.wide", 32, ["blocks.1.narrow"])]
+    for block in module.blocks:
+        with torch.no_grad():
+            block.wide.bias[:16] = -100  # never active: nothing is lost without them
+    given = Bundle(Model.of(module, spec))
+    cut = PruneNeurons(keep=0.5).apply(given, Env(calib=histories))
+    assert cut.model.spec.layers == {
+        f"blocks.{k}.{n}": d for k in (0, 1) for n, d in (("wide", Dense(32, 16)), ("narrow", Dense(16, 32)))
+    }
+    assert cut.bytes < given.bytes
+    torch.testing.assert_close(scores(cut, Env(calib=histories)), scores(given, Env(calib=histories)), atol=1e-3, rtol=1e-3)
+    module.blocks[1].wide = module.blocks[0].wide
+    assert [g.name for g in hidden(module, (), histories)] == [], "one layer in two blocks"
 
 
 def test_broken_weights_are_named(given: Bundle, env: Env) -> None:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from pennyweight.compress.quantize import QuantizeDense, QuantizeTables
+from pennyweight.compress.rewrite import Untouched, untouched
 from pennyweight.compress.share import ShareRows
 from pennyweight.core.errors import PlanError
 from pennyweight.model.bundle import Bundle, load, save
@@ -48,7 +49,9 @@ def test_tables_move_the_scores_as_little_as_their_bits_allow(data_type: str, mo
     assert not rows_of(bundle.model.build(env.allow).item)[0].any()
 
 
-@pytest.mark.parametrize(("data_type", "most"), [("fp16", 1e-3), ("bf16", 0.01), ("int8", 0.03), ("int4", 0.25), ("int3", 0.5), ("int2", 1.0)])
+@pytest.mark.parametrize(
+    ("data_type", "most"), [("fp16", 1e-3), ("bf16", 0.01), ("int8", 0.03), ("int4", 0.25), ("int3", 0.5), ("int2", 1.0)]
+)
 def test_dense_layers_too(data_type: str, most: float, given: Bundle, env: Env) -> None:
     bundle = QuantizeDense(data_type).apply(given, env)
     assert 0 < moved(given, bundle, env) < most
@@ -129,3 +132,11 @@ def test_layers_know_what_they_cost(given: Bundle, env: Env) -> None:
     assert all(isinstance(layer, Dense) for layer in bundle.model.spec.layers.values())
     table = QuantizeTables("int8").apply(given, env).model.spec.layers["item"]
     assert isinstance(table, Table) and dataclasses.replace(table, data_type="fp32").bytes() == 900 * 16 * 4
+
+
+def test_layers_of_an_unknown_kind_are_named_with_their_bytes(given: Bundle, env: Env) -> None:
+    module = given.model.build(env.allow)
+    assert untouched(module) == [Untouched("mix", "Bilinear", 4 * (16 * 16 * 8 + 8))]
+    module.register_buffer("prior", torch.zeros(3))
+    assert untouched(module)[1:] == [Untouched("", "Shop", 12)]
+    assert untouched(QuantizeDense().apply(QuantizeTables().apply(given, env), env).model.build(env.allow))[0].path == "mix"
