@@ -51,6 +51,8 @@ RANK = 16
 """Of a tensor train, at most: an id costs a product with rank**2 times some numbers, read from memory."""
 STEEPEST = 2.0
 """Alpha of ``mixed``, at most."""
+POINTS = 64
+"""Rows for each centre that clusters are found on."""
 _CHUNK = 1 << 16
 
 
@@ -113,9 +115,9 @@ class SubstituteTables(Transform):
         if least > budget:
             most = math.floor(10 * whole / (least + whole // self.ratio - budget)) / 10
             raise PlanError(
-                f"{self.method} cannot make the tables {self.ratio:g}x smaller: beside those of fewer than {self.min_rows} rows "
-                f"{max(0, int(budget)):,} of {whole:,} bytes may be left, and its least is {least:,}; ask for at most {most:g}x, "
-                "a smaller min_rows, or a method such as 'hash'"
+                f"{self.method} cannot make the tables {self.ratio:g}x smaller: beside those of fewer than {self.min_rows} "
+                f"rows {max(0, int(budget)):,} of {whole:,} bytes may be left, and its least is {least:,}; ask for at most "
+                f"{most:g}x, a smaller min_rows, or a method such as 'hash'"
             )
         low, high = 0.0, 1.0
         for _ in range(48):
@@ -251,7 +253,7 @@ def recluster(module: nn.Module, round: int, counts: Mapping[str, Tensor] | None
 def _clusters(table: SharedTable, layer: Clustered, round: int, weights: Tensor | None, iterations: int) -> None:
     generator = torch.Generator().manual_seed(layer.seed * PRIME + round)
     weights = torch.ones(layer.rows) if weights is None else weights
-    sample = drawn(weights, SAMPLE, generator)
+    sample = drawn(weights, POINTS * layer.codes, generator)
     points, even = _pieces(table, layer, sample), torch.ones(len(sample))
     centres = kmeans(points, even, layer.codes, iterations, generator, zero=False)
     codes, salts = torch.empty_like(table.codes), layer.salted(round)  # type: ignore[arg-type]

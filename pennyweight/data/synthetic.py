@@ -97,6 +97,15 @@ class Clicks:
         return weights, factors
 
     @functools.cached_property
+    def usual(self) -> float:
+        """The mean of all rows' planted logits, without the numbers (whose mean is 0) and the bias."""
+        weights, factors = self._planted
+        chances = [np.diff(odds, prepend=0.0) for odds in self._odds]
+        means = np.stack([p @ f for p, f in zip(chances, factors, strict=True)])
+        crossed = float(((means.sum(0) ** 2 - (means**2).sum(0)) / 2).sum())
+        return sum(float(p @ w) for p, w in zip(chances, weights, strict=True)) + self.crossed * crossed
+
+    @functools.cached_property
     def _slopes(self) -> Floats:
         rng = np.random.default_rng((self.seed, 2))
         return rng.normal(0, self.strength / max(1, self.numbers) ** 0.5, self.numbers)
@@ -149,7 +158,9 @@ def criteo_like(ids: int = 6_000_000, seed: int = 0) -> Clicks:
     if room < 10_000 * len(large):
         raise ConfigError(f"{ids} ids are too few for Criteo's shape; give at least {ids - room + 10_000 * len(large)}")
     sizes = tuple(n if n < 10_000 else max(10_000, n * room // sum(large)) for n in CRITEO)
-    return Clicks(sizes, numbers=13, dim=2, strength=0.35, crossed=0.1, bias=-2.0, seed=seed)
+    clicks = Clicks(sizes, numbers=13, dim=2, strength=0.35, crossed=0.1, seed=seed)
+    # What few hot values happen to weigh would else decide how rare clicks are.
+    return dataclasses.replace(clicks, bias=-1.6 - clicks.usual)
 
 
 def walks(users: int, items: int, length: int, *, history: int = 20, noise: float = 0.1, seed: int = 0) -> Dataset:

@@ -136,7 +136,7 @@ class SharedTable(nn.Module):
     @property
     def weight(self) -> Tensor:
         """All rows, fp32 [rows, dim]: made at each call, for code that reads a table's weight."""
-        ids = torch.arange(self.layer.rows, device=next(self.parameters()).device)
+        ids = torch.arange(self.layer.rows, device=next(iter(self.state_dict().values())).device)
         return torch.cat([self.look(chunk) for chunk in torch.split(ids, _CHUNK)])
 
     def extra_repr(self) -> str:

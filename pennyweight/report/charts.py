@@ -10,6 +10,7 @@ import dataclasses
 import io
 import itertools
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from textwrap import shorten
 from typing import Any
@@ -40,6 +41,13 @@ SPARE = (("var(--run1)", "6 3"), ("var(--run2)", "2 2"), ("var(--run3)", "8 3 2 
 """Colour and dash of trainings that are neither the baseline's nor the chosen one's."""
 
 SIGNED = "datum.value == 0 ? '0' : format(datum.value, '+.4~f')"
+
+PAPER: Mapping[str, str] = {
+    **{"ink": "#14181d", "soft": "#55606c", "line": "#c3cbd3", "grid": "#e8ecf0", "chosen": "#0068ad", "other": "#4a9bd1"},
+    **{"control": "#b86a00", "dropped": "#929ca7", "worse": "#bf3a1c", "good": "#00775a"},
+    **{"run1": "#00775a", "run2": "#b0568c", "run3": "#7a62c9", "run4": "#7d7400"},
+}
+"""The page's colours by day, for a picture that leaves the page."""
 
 Row = dict[str, Any]
 Draw = Callable[[Any], Any]
@@ -96,6 +104,16 @@ def figures(result: Result) -> dict[str, Figure]:
         steps = [_step(e, runs[e.run], e.metric) for e in result.epochs]
         found["metric"] = _figure("Metric on the validation rows", _lines(steps, legend), legend)
     return found
+
+
+def picture(draw: Draw, width: int = WIDE) -> str:
+    """A chart as an SVG file of its own, on white.
+
+    Raises:
+        DeviceError: the packages that draw are not installed.
+    """
+    text = re.sub(r"var\(--(\w+)\)", lambda name: PAPER[name[1]], str(_svg(draw, width)))
+    return text.replace('fill="transparent"', 'fill="#fff"', 1)
 
 
 # -- rows ----------------------------------------------------------------------------------------------------------------

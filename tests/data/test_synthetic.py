@@ -1,5 +1,6 @@
 """Synthetic data: seeded, as frequent as Zipf says, and with something to learn."""
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -8,7 +9,7 @@ from sklearn.metrics import roc_auc_score
 
 from pennyweight.core.errors import ConfigError
 from pennyweight.data import synthetic
-from pennyweight.data.synthetic import Clicks, walks
+from pennyweight.data.synthetic import CRITEO, Clicks, criteo_like, walks
 
 
 def test_the_same_in_memory_and_on_disk_and_in_any_length(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -47,3 +48,38 @@ def test_walks_can_be_foretold() -> None:
 def test_sizes_that_cannot_be_are_refused() -> None:
     with pytest.raises(ConfigError, match="at least a user's and an item's"):
         Clicks(sizes=(10,))
+
+
+def test_criteo_like_has_its_shape_and_a_tail_worth_learning() -> None:
+    """What the ids of the large fields add to the planted AUC, and what those that are seen often add."""
+    clicks = criteo_like(200_000)
+    assert len(clicks.names) == 26 and clicks.numbers == 13
+    assert abs(sum(criteo_like(1_000_000).sizes) - 1_000_000) < 50_000
+    assert [n for n in clicks.sizes if n < 10_000] == [n for n in CRITEO if n < 10_000]
+    assert clicks.sizes.index(max(clicks.sizes)) == CRITEO.index(max(CRITEO))
+    data = clicks.dataset(40_000)
+    columns = {n: data.column(n) for n in (*clicks.names, "numbers", "label")}
+    assert 0.15 < columns["label"].mean() < 0.35
+    best = roc_auc_score(columns["label"], clicks.logits(columns))
+    weights, _ = clicks._planted
+    tail = np.zeros(40_000)
+    for name, weight in zip(clicks.names, weights, strict=True):
+        ids = columns[name] - 2
+        tail += weight[ids] * (ids >= 100)
+    without = roc_auc_score(columns["label"], clicks.logits(columns) - tail)
+    assert 0.8 < best < 0.9 and best - without > 0.02
+    assert criteo_like(200_000, seed=1).dataset(1000).fingerprint != data.head(1000).fingerprint
+
+
+def test_the_bias_is_what_logits_start_from() -> None:
+    clicks = Clicks(crossed=0.3)
+    data = clicks.dataset(60_000)
+    columns = {n: data.column(n) for n in clicks.names}
+    assert abs(clicks.logits(columns).mean() - clicks.usual) < 0.05
+    more = dataclasses.replace(clicks, bias=1.5)
+    assert np.allclose(more.logits(columns), clicks.logits(columns) + 1.5)
+
+
+def test_fewer_ids_than_the_shape_has_are_refused() -> None:
+    with pytest.raises(ConfigError, match=r"5000 ids are too few for Criteo's shape; give at least 1\d+"):
+        criteo_like(5000)
