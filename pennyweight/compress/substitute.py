@@ -68,7 +68,7 @@ class SubstituteTables(Transform):
     family: ClassVar[Literal["compress"]] = "compress"
     stage: ClassVar[Literal["structure"]] = "structure"
 
-    method: Method = "hot"
+    method: Method = "robe"
     ratio: float = 10.0
     """The fp32 bytes of the tables over what may be left of them."""
     min_rows: int = 200

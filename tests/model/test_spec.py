@@ -12,9 +12,10 @@ from pennyweight.core.config import dumps, loads
 from pennyweight.core.errors import BundleError, ConfigError
 from pennyweight.data.schema import Column
 from pennyweight.model import graph
+from pennyweight.model import spec as spec_module
 from pennyweight.model.dense import Dense
 from pennyweight.model.ranking import DNN, DeepFM
-from pennyweight.model.spec import Model, Spec, build, call, leaves, replace, resolve, seeded, spec_of
+from pennyweight.model.spec import Model, Spec, build, call, leaves, replace, resolve, seeded, spec_of, untrained
 from pennyweight.model.tables import Table
 
 COLUMNS = (
@@ -161,3 +162,20 @@ def test_a_seeded_module_keeps_constants_and_starts_norms_afresh() -> None:
     taken = graph.of(Scaled(), (torch.ones(2, 3),), ("x",))
     fresh = seeded(taken.spec, 1, buffers=taken.state)
     assert torch.equal(fresh.get_buffer("scale"), torch.tensor([1.0, 2.0, 3.0]))
+
+
+def test_an_untrained_model_has_no_large_tables_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Large ones are zeros of four bytes, small weights are drawn from the seed; what is built from it can be trained."""
+    monkeypatch.setattr(spec_module, "LARGE", 4000)
+    columns = (Column("user", "user", "categorical", 1000), Column("item", "item", "categorical", 50))
+    made = untrained(spec_of(DNN, columns=columns, dim=8, hidden=[4]), 3)
+    user, item = (made.state[f"embeddings.tables.{name}.weight"] for name in ("user", "item"))
+    assert user.shape == (1000, 8) and user.untyped_storage().nbytes() == 4 and not user.any()
+    assert item.std() > 0 and made.bytes > 4 * 8 * 1000
+    again, other = (untrained(made.spec, seed) for seed in (3, 4))
+    assert torch.equal(again.state["mlp.0.weight"], made.state["mlp.0.weight"])
+    assert not torch.equal(other.state["mlp.0.weight"], made.state["mlp.0.weight"])
+    module = made.build(copy=True)
+    assert module.embeddings.tables["user"].weight.untyped_storage().nbytes() == 4 * 8 * 1000
+    drawn = seeded(made.spec, 3)
+    assert drawn.embeddings.tables["user"].weight.std() > 0, "who is to train it gets random numbers"
