@@ -9,7 +9,7 @@ gives the output the input's range, so all that is negative behind a ReLU is los
 layers' operator ran at 0.2 to 1.7 times. The price is the dense layers': a row's score moves with the rows beside it.
 
 What int8 saves grows with the work of a call: below 2,048 weights, or 4 million multiply-adds a call, layers run in fp32,
-for which dequantized weights are kept as well. int4 halves the bytes again and runs as int8; fp16 and bf16 run in fp32.
+for which dequantized weights are kept as well. int4, int3 and int2 take fewer bytes and run as int8; fp16 and bf16 run in fp32.
 
 The operator writes channels last, in which the pooling that follows is three times faster than in PyTorch's usual order. It is
 the same tensor but for ``view``, which refuses it; so that order is kept only where ``memory`` says that nothing minds.
@@ -137,7 +137,7 @@ def _padding(module: nn.Conv1d | nn.Conv2d) -> tuple[int, ...] | None:
 
 
 class PackedConv(PackedRows):
-    """A convolution whose weights are stored as fp16, bf16, int8 or int4; inference only, gradients pass through it."""
+    """A convolution whose weights are stored in 16 bits or fewer; inference only, gradients pass through it."""
 
     def __init__(self, layer: Conv) -> None:
         super().__init__(layer.outputs, layer.taps, layer.data_type, layer.bias)

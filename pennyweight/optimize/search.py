@@ -33,6 +33,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy.typing as npt
+import torch
 
 from pennyweight.accelerate.tune import Engine, tune
 from pennyweight.compress.onnx import types as graph_types
@@ -340,7 +341,10 @@ class Search:
         """What makes finished trials of an earlier search usable: same model, data, budget and options."""
         assert self.env.valid is not None and self.env.train is not None
         weights = hashlib.sha256(
-            b"".join(v.cpu().contiguous().numpy().tobytes() for _, v in sorted(self.bundle.model.state.items()))
+            b"".join(
+                v.cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
+                for _, v in sorted(self.bundle.model.state.items())
+            )
         )
         given = [
             weights.hexdigest(),

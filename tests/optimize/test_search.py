@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from pennyweight import job
+from pennyweight.compress.quantize import QuantizeDense
 from pennyweight.core.budget import parse
 from pennyweight.core.config import dumps, loads
 from pennyweight.core.errors import ConfigError, DataError, Infeasible, NotWorthIt
@@ -17,7 +18,7 @@ from pennyweight.model.bundle import load
 from pennyweight.model.train import Recipe
 from pennyweight.model.transform import Env
 from pennyweight.optimize.evaluate import Bench, memory, outcomes, parts
-from pennyweight.optimize.search import Options, Step, optimize
+from pennyweight.optimize.search import Options, Search, Step, optimize
 from pennyweight.optimize.space import stronger
 from pennyweight.optimize.trial import Price, Result
 
@@ -49,6 +50,16 @@ def test_a_feasible_budget_is_met_proven_and_kept(run: Path, tmp_path: Path) -> 
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert summary["proven"] is True and summary["chosen"]["bytes"] == chosen.measured.bytes
     assert "<svg" in (tmp_path / "report.html").read_text() or "vega" in (tmp_path / "report.html").read_text()
+
+
+def test_a_model_of_any_data_type_can_be_resumed(run: Path) -> None:
+    """Weights are told apart by their bytes, which NumPy has no numbers for in bf16."""
+    _, bundle, _, split = job.open_run(run)
+    env, made = Env(train=split.train, valid=split.valid), {}
+    for kind in ("bf16", "int3"):
+        smaller = QuantizeDense(kind).apply(bundle, env)
+        made[kind] = Search(smaller, env, parse("bytes <= 25kB"), split.test, QUICK, None, print).fingerprint
+    assert made["bf16"] != made["int3"]
 
 
 def test_bytes_are_predicted_exactly(run: Path, tmp_path: Path) -> None:
