@@ -44,6 +44,7 @@ ort = pytest.importorskip("onnxruntime")
 PLANS = {
     "as given": plan(),
     "int8 tables, int4 dense": plan(QuantizeTables("int8"), QuantizeDense("int4")),
+    "int4 tables, int3 dense": plan(QuantizeTables("int4"), QuantizeDense("int3")),
     "shared rows": plan(ShareRows(parts=4, codes=32), QuantizeTables("int8"), QuantizeDense("bf16")),
     "pruned": plan(PruneNeurons(keep=0.5, score="weight"), FoldNorms(), QuantizeTables("int2"), QuantizeDense("fp16")),
 }
@@ -110,7 +111,7 @@ def test_onnx_answers_as_the_bundle_and_is_as_small(name: str, ranker: Bundle, m
     with Runner(bundle) as runner:
         want = runner.score(batch)
     (got,) = session.run(None, fed(session, batch))
-    rounded = "int4 dense" in name
+    rounded = name.endswith(("int4 dense", "int3 dense"))
     np.testing.assert_allclose(got, want, atol=0.05 * float(np.abs(want).mean()) if rounded else 1e-5)
     assert float(np.std(want)) > 1e-2, "scores that are all alike would prove nothing"
 

@@ -58,8 +58,10 @@ def test_a_dense_layer(data_type: str) -> None:
     assert held(small) == layer.bytes()
 
 
-def test_wider_forms_hold_the_same_numbers() -> None:
-    dense, shared = Dense(33, 7, data_type="int4"), table(Table(ROWS, DIM, "codebook", "int4", 3, 9)).small()  # type: ignore[operator]
+@pytest.mark.parametrize("data_type", ["int4", "int3", "int2"])
+def test_wider_forms_hold_the_same_numbers(data_type: str) -> None:
+    dense = Dense(33, 7, data_type=data_type)  # type: ignore[arg-type]
+    shared = table(Table(ROWS, DIM, "codebook", "int4", 3, 9)).small()  # type: ignore[operator]
     packed = dense.build()
     packed.load_state_dict(dense.encode(torch.randn(7, 33, generator=torch.Generator().manual_seed(0)), torch.zeros(7)))
     linear = packed.small()  # type: ignore[operator]
