@@ -106,8 +106,8 @@ def decode(hint: Any, value: Any, path: str = "$") -> Any:
     if origin is not None and issubclass(origin, Mapping):
         _expect(isinstance(value, Mapping), path, "an object", value)
         return {k: decode(args[1], v, f"{path}.{k}") for k, v in value.items()}
-    if isinstance(hint, type) and hint in _FAMILIES:
-        return _decode_member(hint, value, path)
+    if isinstance(hint, type) and (base := _base(hint)) is not None:
+        return _decode_member(base, hint, value, path)
     if dataclasses.is_dataclass(hint):
         return value if isinstance(value, typing.cast(type, hint)) else _decode_fields(hint, value, path)
     return _decode_scalar(hint, value, path)
@@ -133,14 +133,16 @@ def _decode_sequence(origin: type, args: tuple[Any, ...], value: Any, path: str)
     return tuple(decode(a, v, f"{path}[{i}]") for i, (a, v) in enumerate(zip(args, value, strict=True)))
 
 
-def _decode_member(base: type, value: Any, path: str) -> Any:
-    if isinstance(value, base):
+def _decode_member(base: type, hint: type, value: Any, path: str) -> Any:
+    """A member of a family, of the class ``hint``: its base, or one of them."""
+    if isinstance(value, hint):
         return value
     tag, known = _FAMILIES[base]
     _expect(isinstance(value, Mapping), path, f"an object with a {tag!r}", value)
     name = value.get(tag)
     if name not in known:
         raise ConfigError(f"{path}.{tag}: unknown {tag} {name!r}; known: {', '.join(sorted(known))}")
+    _expect(issubclass(known[name], hint), f"{path}.{tag}", repr(getattr(hint, "__config_name__", tag)), name)
     return _decode_fields(known[name], {k: v for k, v in value.items() if k != tag}, path)
 
 

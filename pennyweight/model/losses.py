@@ -4,7 +4,7 @@ Two kinds. *Row* losses compare the model's output with the row's label. *Pair* 
 read only rows somebody liked and compare the vector of a user with those of the right item and of items drawn at random;
 they need a model that has ``user_vectors`` and ``item_vectors``, or, for a whole sequence a row, ``states``. All pairs of a
 batch share their random items, so that scoring them is one matrix product; drawing anew for each pair is the known
-alternative, and costs a gather as large as the product.
+alternative, and costs a gather as large as the product. A teacher is asked about the same pairs and the same random items.
 """
 
 from __future__ import annotations
@@ -161,7 +161,7 @@ class Pairs:
     users: Tensor | None
 
 
-def pairs_of(module: Retriever, schema: Schema) -> Callable[[Batch], Pairs]:
+def pairs_of(module: Retriever, schema: Schema, sequences: bool) -> Callable[[Batch], Pairs]:
     """How a batch becomes pairs: one a row (all of them liked), or one a position where the module reads whole sequences."""
     user = next((c.name for c in schema.role("user") if c.kind == "categorical"), None)
     label = next((c.name for c in schema.role("label")), None)
@@ -179,10 +179,34 @@ def pairs_of(module: Retriever, schema: Schema) -> Callable[[Batch], Pairs]:
         users = batch[user].unsqueeze(1).expand_as(past)[keep] if user else None
         return Pairs(module.states(batch)[keep], target[keep], users)
 
-    return positions if hasattr(module, "states") and history is not None else rows
+    return positions if sequences and history is not None else rows
 
 
-def pair_loss(module: nn.Module, name: str, data: Dataset, negatives: int, popularity: float, calibration: float) -> Loss:
+@dataclasses.dataclass(frozen=True, eq=False)
+class Contest:
+    """A pair loss in its four steps, so that a teacher can be asked about the very items that were drawn."""
+
+    rivals: Callable[[Pairs], Tensor]
+    """Item ids drawn against a batch's pairs."""
+    scores: Callable[[Retriever, Pairs, Tensor], Tensor]
+    """A module's scores of the right and the drawn items, a row a pair; minus infinity for one that does not compete."""
+    hard: Callable[[Tensor, Pairs], Tensor]
+    """The loss of these scores, knowing which item was right."""
+    soft: Callable[[float, Tensor, Tensor], Tensor]
+    """The loss of these scores against a teacher's, at a temperature."""
+
+
+def pair_loss(
+    module: nn.Module,
+    name: str,
+    data: Dataset,
+    negatives: int,
+    popularity: float,
+    calibration: float,
+    teacher: nn.Module | None = None,
+    alpha: float = 0.0,
+    temperature: float = 1.0,
+) -> Loss:
     """Mean loss of a batch's pairs against items drawn from the catalog.
 
     Args:
@@ -192,19 +216,47 @@ def pair_loss(module: nn.Module, name: str, data: Dataset, negatives: int, popul
         negatives: items drawn a batch; 0 takes the batch's own items, as many as the catalog or more takes all of it.
         popularity: items are drawn in proportion to occurrences to this power; 0 is uniform.
         calibration: ``t`` of gBCE.
+        teacher: a module of the same methods, asked about the same pairs and drawn items.
+        alpha: weight of the teacher against what was liked, 0 to 1.
+        temperature: softens the teacher's and the student's probabilities.
     """
     if not hasattr(module, "item_vectors"):
         kind = type(module).__name__
         raise ConfigError(f"loss {name!r} needs a model with user_vectors and item_vectors, and {kind} has none; use 'bce'")
-    items = Items.of(data, hasattr(module, "states"))
-    retriever = cast(Retriever, module)
-    pairs = pairs_of(retriever, data.schema)
+    sequences = hasattr(module, "states")
+    items = Items.of(data, sequences)
+    contest = _contest(name, data, items, negatives, popularity, calibration)
+    student = cast(Retriever, module)
+    pairs = pairs_of(student, data.schema, sequences)
+    if teacher is None:
+        return functools.partial(_fought, contest, student, pairs)
+    teacher = teacher.eval()
+    master = cast(Retriever, teacher)
+    asked = pairs_of(master, data.schema, sequences)
+
+    def of(batch: Batch) -> Tensor:
+        found = pairs(batch)
+        ids = contest.rivals(found)
+        scores = contest.scores(student, found, ids)
+        with torch.no_grad():
+            told = contest.scores(master, asked(batch), ids)
+        return (1 - alpha) * contest.hard(scores, found) + alpha * contest.soft(temperature, scores, told)
+
+    return of
+
+
+def _fought(contest: Contest, module: Retriever, pairs: Callable[[Batch], Pairs], batch: Batch) -> Tensor:
+    found = pairs(batch)
+    return contest.hard(contest.scores(module, found, contest.rivals(found)), found)
+
+
+def _contest(name: str, data: Dataset, items: Items, negatives: int, popularity: float, calibration: float) -> Contest:
     draw = Draw(items.counts, negatives, popularity)
     if name == "bpr":
-        return _bpr(retriever, pairs, items, Draw(items.counts, 1, popularity), Liked.of(data))
+        return _bpr(items, Draw(items.counts, 1, popularity), Liked.of(data))
     if name == "gbce":
-        return _gbce(retriever, pairs, items, draw, calibration)
-    return _softmax(retriever, pairs, items, draw)
+        return _gbce(items, draw, calibration)
+    return _every(items) if draw.every else _drawn(items, draw) if draw.size else _within(items, draw)
 
 
 class Draw:
@@ -247,16 +299,14 @@ class Liked:
         return self.keys[torch.searchsorted(self.keys, keys).clamp_(max=len(self.keys) - 1)] == keys
 
 
-def _bpr(module: Retriever, pairs: Callable[[Batch], Pairs], items: Items, draw: Draw, liked: Liked | None) -> Loss:
+def _bpr(items: Items, draw: Draw, liked: Liked | None) -> Contest:
     """Bayesian personalized ranking (Rendle et al. 2009): the right item above one drawn for each pair."""
 
-    def of(batch: Batch) -> Tensor:
-        found = pairs(batch)
-        wrong = _unliked(found, draw, liked)
-        better, worse = _vectors(module, items, torch.cat([found.items, wrong])).chunk(2)
-        return F.softplus(-(found.vectors * (better - worse)).sum(1)).mean()
+    def margins(module: Retriever, pairs: Pairs, ids: Tensor) -> Tensor:
+        better, worse = _vectors(module, items, torch.cat([pairs.items, ids])).chunk(2)
+        return (pairs.vectors * (better - worse)).sum(1)
 
-    return of
+    return Contest(lambda pairs: _unliked(pairs, draw, liked), margins, lambda s, pairs: F.softplus(-s).mean(), _soft_bce)
 
 
 def _unliked(pairs: Pairs, draw: Draw, liked: Liked | None, tries: int = 3) -> Tensor:
@@ -272,43 +322,54 @@ def _unliked(pairs: Pairs, draw: Draw, liked: Liked | None, tries: int = 3) -> T
     return wrong
 
 
-def _softmax(module: Retriever, pairs: Callable[[Batch], Pairs], items: Items, draw: Draw) -> Loss:
-    """Cross-entropy of the right item among all items, the sum over the others estimated from those drawn.
+def _every(items: Items) -> Contest:
+    """Cross-entropy of the right item among all items."""
+
+    def scores(module: Retriever, pairs: Pairs, ids: Tensor) -> Tensor:
+        return pairs.vectors @ _vectors(module, items, ids).T
+
+    every = torch.arange(FIRST, len(items))
+    return Contest(lambda _: every, scores, lambda s, pairs: F.cross_entropy(s, pairs.items - FIRST), _soft_softmax)
+
+
+def _drawn(items: Items, draw: Draw) -> Contest:
+    """The same, the sum over all items estimated from those drawn.
 
     Each drawn item's exponential is divided by how often it is expected in the draw, so that the estimate is unbiased (Bengio
-    & Senécal 2008; with the batch's own items, Yi et al. 2019); the right item is itself and is not divided.
+    & Senécal 2008); the right item is itself and is not divided.
     """
 
-    def every(batch: Batch) -> Tensor:
-        found = pairs(batch)
-        vectors = _vectors(module, items, torch.arange(FIRST, len(items)))
-        return F.cross_entropy(found.vectors @ vectors.T, found.items - FIRST)
+    def scores(module: Retriever, pairs: Pairs, ids: Tensor) -> Tensor:
+        right = (pairs.vectors * _vectors(module, items, pairs.items)).sum(1, keepdim=True)
+        wrong = pairs.vectors @ _vectors(module, items, ids).T - (draw.size * draw.chance[ids]).log()
+        return torch.cat([right, wrong.masked_fill(pairs.items.unsqueeze(1) == ids, -math.inf)], 1)
 
-    def drawn(batch: Batch) -> Tensor:
-        found = pairs(batch)
-        ids = draw(draw.size)
-        right = (found.vectors * _vectors(module, items, found.items)).sum(1, keepdim=True)
-        wrong = found.vectors @ _vectors(module, items, ids).T - (draw.size * draw.chance[ids]).log()
-        return _first(right, wrong.masked_fill(found.items.unsqueeze(1) == ids, -math.inf))
-
-    def within(batch: Batch) -> Tensor:
-        found = pairs(batch)
-        ids = found.items
-        scores = found.vectors @ _vectors(module, items, ids).T
-        expected = (len(ids) * draw.natural[ids]).log()
-        wrong = (scores - expected).masked_fill(ids.unsqueeze(1) == ids, -math.inf)
-        return _first(scores.diagonal().unsqueeze(1), wrong)
-
-    return every if draw.every else drawn if draw.size else within
+    return Contest(lambda _: draw(draw.size), scores, _first, _soft_softmax)
 
 
-def _first(right: Tensor, wrong: Tensor) -> Tensor:
+def _within(items: Items, draw: Draw) -> Contest:
+    """The same with the other pairs' right items for those drawn, expected as often as they occur (Yi et al. 2019)."""
+
+    def scores(module: Retriever, pairs: Pairs, ids: Tensor) -> Tensor:
+        scores = pairs.vectors @ _vectors(module, items, ids).T
+        wrong = scores - (len(ids) * draw.natural[ids]).log()
+        return torch.cat([scores.diagonal().unsqueeze(1), wrong.masked_fill(ids.unsqueeze(1) == ids, -math.inf)], 1)
+
+    return Contest(lambda pairs: pairs.items, scores, _first, _soft_softmax)
+
+
+def _first(scores: Tensor, pairs: Pairs) -> Tensor:
     """Cross-entropy of the first of the scores [T, 1 + K]."""
-    scores = torch.cat([right, wrong], 1)
     return F.cross_entropy(scores, scores.new_zeros(len(scores), dtype=torch.long))
 
 
-def _gbce(module: Retriever, pairs: Callable[[Batch], Pairs], items: Items, draw: Draw, calibration: float) -> Loss:
+def _soft_softmax(t: float, scores: Tensor, told: Tensor) -> Tensor:
+    """Cross-entropy against the teacher's choice among the same items."""
+    out = told == -math.inf  # an infinity times a probability of zero is not a number
+    return -(F.softmax(told / t, 1) * F.log_softmax(scores / t, 1).masked_fill(out, 0.0)).sum(1).mean() * t**2
+
+
+def _gbce(items: Items, draw: Draw, calibration: float) -> Contest:
     """Generalized binary cross-entropy (Petrov & Macdonald 2023, gSASRec): weighs the right item down for having few rivals.
 
     A calibration of 0 is SASRec's plain binary cross-entropy, 1 undoes the overconfidence that sampling brings.
@@ -318,15 +379,19 @@ def _gbce(module: Retriever, pairs: Callable[[Batch], Pairs], items: Items, draw
     alpha = draw.size / (len(items) - FIRST - 1)
     beta = alpha * ((1 - 1 / alpha) * calibration + 1 / alpha)
 
-    def of(batch: Batch) -> Tensor:
-        found = pairs(batch)
-        ids = draw(draw.size)
-        right = (found.vectors * _vectors(module, items, found.items)).sum(1)
-        wrong = found.vectors @ _vectors(module, items, ids).T
-        wrong = F.softplus(wrong).masked_fill(found.items.unsqueeze(1) == ids, 0.0)
-        return (beta * F.softplus(-right) + wrong.sum(1)).mean() / (1 + draw.size)
+    def scores(module: Retriever, pairs: Pairs, ids: Tensor) -> Tensor:
+        right = (pairs.vectors * _vectors(module, items, pairs.items)).sum(1, keepdim=True)
+        wrong = pairs.vectors @ _vectors(module, items, ids).T
+        return torch.cat([right, wrong.masked_fill(pairs.items.unsqueeze(1) == ids, -math.inf)], 1)
 
-    return of
+    def hard(scores: Tensor, pairs: Pairs) -> Tensor:
+        return (beta * F.softplus(-scores[:, 0]) + F.softplus(scores[:, 1:]).sum(1)).mean() / (1 + draw.size)
+
+    def soft(t: float, scores: Tensor, told: Tensor) -> Tensor:
+        keep = told > -math.inf
+        return _soft_bce(t, scores[keep], told[keep])
+
+    return Contest(lambda _: draw(draw.size), scores, hard, soft)
 
 
 def _vectors(module: Retriever, items: Items, ids: Tensor) -> Tensor:

@@ -26,15 +26,27 @@ class MatrixFactorization(nn.Module):
     """A vector and a bias for each user and each item (Koren et al. 2009; trained with ``bpr``, Rendle et al. 2009).
 
     The biases ride in the vectors, [u, b_u, 1] against [i, 1, b_i], so that the dot product is the whole model.
+
+    Args:
+        columns: the schema's columns; only the user's and the item's ids are read.
+        dim: width of both tables.
+        bias: whether users and items have one.
+        scale: if > 0, vectors are normalized and their cosine is multiplied by it, which with ``sampled-softmax`` makes this
+            as strong as graph convolution (Wu et al. 2022, arXiv 2201.02327); its inverse is their temperature.
+        std: of the initial numbers.
     """
 
-    def __init__(self, columns: tuple[Column, ...], dim: int = 64, bias: bool = True, std: float = 0.1) -> None:
+    def __init__(
+        self, columns: tuple[Column, ...], dim: int = 64, bias: bool = True, scale: float = 0.0, std: float = 0.1
+    ) -> None:
         super().__init__()
+        if bias and scale:
+            raise ConfigError(f"a cosine has no biases, and scale is {scale}; give bias=False or scale=0")
         schema = Schema(tuple(columns))
         self.user, self.item = schema.user, schema.item
         self.users = table(self.user.size, dim, std)
         self.items = table(self.item.size, dim, std)
-        self.bias = bias
+        self.bias, self.scale = bias, scale
         if bias:
             self.user_bias = table(self.user.size, 1, 0.0)
             self.item_bias = table(self.item.size, 1, 0.0)
@@ -44,7 +56,7 @@ class MatrixFactorization(nn.Module):
         ids = batch[self.user.name]
         vectors: Tensor = self.users(ids)
         if not self.bias:
-            return vectors
+            return F.normalize(vectors, dim=1) * self.scale if self.scale else vectors
         return torch.cat([vectors, self.user_bias(ids), torch.ones_like(vectors[:, :1])], 1)
 
     def item_vectors(self, batch: Batch) -> Tensor:
@@ -52,7 +64,7 @@ class MatrixFactorization(nn.Module):
         ids = batch[self.item.name]
         vectors: Tensor = self.items(ids)
         if not self.bias:
-            return vectors
+            return F.normalize(vectors, dim=1) if self.scale else vectors
         return torch.cat([vectors, torch.ones_like(vectors[:, :1]), self.item_bias(ids)], 1)
 
     def forward(self, batch: Batch) -> Tensor:

@@ -66,8 +66,8 @@ class Recipe:
     metric: str = "auc"
     """What validation looks at: a name of ``metrics.METRICS``, or ``ndcg@10``, ``recall@20``, ``hit_rate@10``."""
     select: str = ""
-    """What chooses the best epoch and when to stop, if not ``metric``: log loss tells apart what accuracy on a few hundred
-    rows cannot."""
+    """What chooses the best epoch and when to stop, if not ``metric``: ``refined_log_loss`` tells apart what accuracy on a few
+    hundred rows cannot."""
     lr_decay: float = 0.1
     """Factor on the learning rate after an epoch that was no better; 1 keeps it."""
     schedule: Literal["plateau", "cosine"] = "plateau"
@@ -168,7 +168,7 @@ def fit(
         recipe: how.
         inputs: columns handed to ``forward`` one by one; empty for the whole batch.
         seed: of shuffling, dropout and sampling; the caller's random state is left alone.
-        teacher: a module of the same outputs to learn from too (row losses only).
+        teacher: a module of the same outputs (pair losses: of the same vectors) to learn from too.
         checkpoint: a file to keep the exact state in. If it exists, training goes on from it.
         progress: called about twice a second, and with an epoch's log when it was judged.
         deadline_s: seconds after which training stops, validation included.
@@ -273,10 +273,8 @@ def _taught(
     train: Dataset, teacher: nn.Module | None, recipe: Recipe, inputs: Sequence[str]
 ) -> tuple[Dataset, nn.Module | None]:
     """The rows with the teacher's output beside them, or the teacher itself where that would not fit."""
-    if teacher is None:
-        return train, None
-    if recipe.loss not in losses.ROWS:
-        raise ConfigError(f"a teacher can be followed with the losses {', '.join(losses.ROWS)}, not with {recipe.loss!r}")
+    if teacher is None or recipe.loss not in losses.ROWS:
+        return train, teacher  # what a pair loss asks depends on the items it draws
     classes = train.schema.label.size if recipe.loss == "cross-entropy" else 0
     stored = len(next(iter(train.columns.values())))
     if 4 * stored * max(1, classes) > TEACHER_BYTES:
@@ -291,7 +289,8 @@ def _taught(
 
 def _loss(module: nn.Module, train: Dataset, recipe: Recipe, inputs: Sequence[str], teacher: nn.Module | None) -> losses.Loss:
     if recipe.loss not in losses.ROWS:
-        return losses.pair_loss(module, recipe.loss, train, recipe.negatives, recipe.popularity, recipe.calibration)
+        drawn = recipe.negatives, recipe.popularity, recipe.calibration
+        return losses.pair_loss(module, recipe.loss, train, *drawn, teacher, recipe.distill_alpha, recipe.temperature)
     label = train.schema.label.name
     loss = losses.row_loss(module, recipe.loss, label, inputs, recipe.distill_alpha, recipe.temperature)
     if teacher is None:
@@ -519,7 +518,9 @@ class _Run:
             left = (self.recipe.epochs - self.state.epoch) * self.steps - done
             rows = pace * self.recipe.batch
             eta = min(left / pace, self.deadline - now)
-            self.progress(Progress(self.state.epoch + 1, self.recipe.epochs, done, self.steps, loss, self.state.metric, rows, eta))
+            self.progress(
+                Progress(self.state.epoch + 1, self.recipe.epochs, done, self.steps, loss, self.state.metric, rows, eta)
+            )
 
     def _consider(self, epoch: int) -> bool:
         """Judge the weights as they are, keep them if they are the best; True if so."""

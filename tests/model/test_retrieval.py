@@ -11,6 +11,7 @@ from pennyweight.core.errors import ConfigError, DataError
 from pennyweight.data.dataset import Dataset, Split
 from pennyweight.data.schema import FIRST, Column, Schema
 from pennyweight.model import losses
+from pennyweight.model.ensemble import Retrievers
 from pennyweight.model.retrieval import MatrixFactorization, TwoTower
 from pennyweight.model.train import Queries, Recipe, fit
 
@@ -25,11 +26,12 @@ COLUMNS = (
 MODELS: list[tuple[Any, dict[str, Any]]] = [
     (MatrixFactorization, {}),
     (MatrixFactorization, {"bias": False}),
+    (MatrixFactorization, {"bias": False, "scale": 10.0}),
     (TwoTower, {}),
     (TwoTower, {"user_id": False, "scale": 10.0}),
     (TwoTower, {"hidden": [16], "dropout": 0.1}),
 ]
-IDS = ["MF", "MF-plain", "TwoTower", "TwoTower-cosine", "TwoTower-MLP"]
+IDS = ["MF", "MF-plain", "MF-cosine", "TwoTower", "TwoTower-cosine", "TwoTower-MLP"]
 
 
 def rows(n: int = 3000) -> Split:
@@ -71,7 +73,7 @@ def test_forward_is_the_dot_product_and_each_side_reads_its_own_columns(factory:
     ],
     ids=["bpr", "in-batch", "sampled", "full", "gbce", "bce"],
 )
-@pytest.mark.parametrize(("factory", "args"), [MODELS[0], MODELS[3], MODELS[4]], ids=[IDS[0], IDS[3], IDS[4]])
+@pytest.mark.parametrize(("factory", "args"), [MODELS[0], MODELS[4], MODELS[5]], ids=[IDS[0], IDS[4], IDS[5]])
 def test_every_loss_teaches_whom_likes_what(factory: Any, args: dict[str, Any], recipe: Recipe) -> None:
     torch.manual_seed(0)
     train, valid, test = rows()
@@ -80,6 +82,50 @@ def test_every_loss_teaches_whom_likes_what(factory: Any, args: dict[str, Any], 
     recipe = dataclasses.replace(recipe, lr=0.02, batch=64, epochs=epochs, patience=epochs, lr_decay=1.0, metric="ndcg@5")
     fit(module, train, valid, recipe)
     assert Queries.of(test, [train, valid]).rank(module, 5).ndcg > 0.5
+
+
+def test_a_cosine_has_neither_norms_nor_biases() -> None:
+    made = MatrixFactorization(COLUMNS, 8, bias=False, scale=4.0)
+    batch = next(rows().train.batches(20))
+    assert torch.allclose(made.user_vectors(batch).norm(dim=1), torch.tensor(4.0))
+    assert torch.allclose(made.item_vectors(batch).norm(dim=1), torch.tensor(1.0))
+    with pytest.raises(ConfigError, match="a cosine has no biases, and scale is 4"):
+        MatrixFactorization(COLUMNS, 8, scale=4.0)
+
+
+PAIRED = [
+    Recipe(loss="bpr"),
+    Recipe(loss="sampled-softmax", negatives=0),
+    Recipe(loss="sampled-softmax", negatives=20, popularity=0.5),
+    Recipe(loss="sampled-softmax", negatives=1000),
+    Recipe(loss="gbce", negatives=20),
+]
+
+
+@pytest.mark.parametrize("recipe", PAIRED, ids=["bpr", "in-batch", "sampled", "full", "gbce"])
+def test_a_teacher_is_followed_where_likes_say_nothing(recipe: Recipe) -> None:
+    """Students of shuffled likes learn the taste from the teacher alone; of two teachers, from the mean of their scores."""
+    train, valid, test = rows()
+    torch.manual_seed(0)
+    teachers = [MatrixFactorization(COLUMNS, 8) for _ in range(2)]
+    usual = dataclasses.replace(recipe, lr=0.02, batch=64, epochs=40, patience=40, lr_decay=1.0, metric="ndcg@5")
+    for teacher in teachers:
+        fit(teacher, train, valid, usual)
+    shuffled = np.random.default_rng(0).permutation(train.column("item"))
+    noise = Dataset.from_arrays({**{c.name: train.column(c.name) for c in COLUMNS}, "item": shuffled}, train.schema)
+    student = MatrixFactorization(COLUMNS, 8)
+    taught = dataclasses.replace(usual, distill_alpha=1.0, epochs=40)
+    fit(student, noise, valid, taught, teacher=Retrievers(teachers))
+    assert Queries.of(test, [train, valid]).rank(student, 5).ndcg > 0.5
+
+
+def test_several_retrievers_score_the_mean_of_their_scores() -> None:
+    torch.manual_seed(0)
+    members = [MatrixFactorization(COLUMNS, 8), TwoTower(COLUMNS, 4)]
+    batch = next(rows().train.batches(20))
+    both = Retrievers(members)
+    mean = (members[0](batch) + members[1].eval()(batch)) / 2
+    assert torch.allclose((both.user_vectors(batch) * both.item_vectors(batch)).sum(1), mean, atol=1e-6)
 
 
 def test_two_towers_share_the_item_table_and_leave_the_user_out_if_told() -> None:
@@ -103,8 +149,9 @@ def test_sampled_softmax_estimates_the_full_one() -> None:
     for popularity in (0.0, 1.0):
         draw = losses.Draw(losses.Items.of(train).counts, 0, popularity)
         draw.size, draw.every = 20_000, False
-        pairs = losses.pairs_of(module, train.schema)
-        near = losses._softmax(module, pairs, losses.Items.of(train), draw)(batch).item()
+        contest = losses._drawn(losses.Items.of(train), draw)
+        pairs = losses.pairs_of(module, train.schema, False)(batch)
+        near = contest.hard(contest.scores(module, pairs, contest.rivals(pairs)), pairs).item()
         assert near == pytest.approx(exact, abs=0.02)
 
 
