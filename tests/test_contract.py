@@ -21,10 +21,13 @@ from torch import Tensor
 import pennyweight
 from pennyweight.accelerate.compile import export
 from pennyweight.accelerate.tune import SetRuntime
+from pennyweight.compress.aware import TrainRounded
 from pennyweight.compress.distill import Distill
 from pennyweight.compress.onnx import QuantizeOnnx
+from pennyweight.compress.factor import FactorDense
 from pennyweight.compress.prune import FoldNorms, PruneNeurons
 from pennyweight.compress.quantize import QuantizeDense, QuantizeTables
+from pennyweight.compress.rotate import RotateTables
 from pennyweight.compress.share import ShareRows
 from pennyweight.compress.substitute import SubstituteTables
 from pennyweight.core.config import dumps, encode, loads, members
@@ -38,8 +41,8 @@ from pennyweight.model.bundle import Bundle, load, save
 from pennyweight.model.cascade import Cascade
 from pennyweight.model.onnx import read
 from pennyweight.model.ranking import DeepFM
-from pennyweight.model.retrieval import TwoTower
-from pennyweight.model.spec import Model, build, call, spec_of
+from pennyweight.model.retrieval import MatrixFactorization, TwoTower
+from pennyweight.model.spec import Model, build, call, seeded, spec_of
 from pennyweight.model.train import Recipe, fit
 from pennyweight.model.transform import FIELD, Env, Plan, Transform
 from pennyweight.schedule.queue import SetPolicy
@@ -53,16 +56,19 @@ class Case:
     idle: Transform | None = None
 
     @property
-    def graph(self) -> bool:
-        """Whether it changes ONNX graphs, and not a module of layers."""
-        return isinstance(self.transform, QuantizeOnnx)
+    def on(self) -> str:
+        """The fixture it changes: graphs, factors, or the recommender."""
+        return {QuantizeOnnx: "graph", RotateTables: "factors"}.get(type(self.transform), "recommender")
 
 
 CASES = (
     Case(PruneNeurons(keep=0.5), idle=PruneNeurons(keep=1.0)),
+    Case(FactorDense(keep=0.25, only=("*",)), idle=FactorDense(keep=0.9, only=("*",))),
     Case(FoldNorms()),
     Case(ShareRows(parts=2, codes=16)),
     Case(SubstituteTables("hot", ratio=4.0, min_rows=100), idle=SubstituteTables(min_rows=1000)),
+    Case(RotateTables(dim=6), idle=RotateTables(dim=9)),
+    Case(TrainRounded("int4", training=Distill(epochs=1))),
     Case(Distill(epochs=2), idle=Distill(epochs=0)),
     Case(QuantizeTables(data_type="int4")),
     Case(QuantizeDense(data_type="int8")),
@@ -158,10 +164,18 @@ def graph(env: Env, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     return Bundle(read(path), env.calib.catalog)
 
 
+@pytest.fixture(scope="module")
+def factors(env: Env) -> Bundle:
+    """Two tables that meet in a dot product."""
+    assert env.train
+    spec = spec_of(MatrixFactorization, columns=env.train.schema.columns, dim=8)
+    return Bundle(Model.of(seeded(spec, 0), spec), env.train.catalog)
+
+
 @pytest.fixture
-def given(case: Case, recommender: Bundle, request: pytest.FixtureRequest) -> Bundle:
+def given(case: Case, request: pytest.FixtureRequest) -> Bundle:
     """What a case's transform changes."""
-    found: Bundle = request.getfixturevalue("graph") if case.graph else recommender
+    found: Bundle = request.getfixturevalue(case.on)
     return found
 
 

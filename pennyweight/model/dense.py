@@ -8,8 +8,8 @@ and torchao's eager int8 0.1 times at batch 1 (on another net). The price is tha
 with the rows it is batched with.
 
 A layer of fewer than 16,384 weights is stored small but multiplied in fp32: there the operator's own cost (about 11
-microseconds a call) is more than it saves. int4 halves the bytes again and runs as int8; fp16 and bf16 are stored so and
-run in fp32.
+microseconds a call) is more than it saves. int4, int3 and int2 take fewer bytes and run as int8; fp16 and bf16 are
+stored so and run in fp32.
 """
 
 from __future__ import annotations
@@ -30,7 +30,6 @@ from pennyweight.model.spec import Layer
 
 WORTH = 16_384
 """Weights from which multiplying in int8 is faster than in fp32."""
-"""Data types that are stored so and run in fp32."""
 _BATCH: dict[int, type[nn.BatchNorm1d] | type[nn.BatchNorm2d]] = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d}
 
 
@@ -74,8 +73,34 @@ class Dense(Layer):
         return None
 
 
+@named("low-rank")
+@dataclasses.dataclass(frozen=True)
+class LowRank(Layer):
+    """A dense layer as two, ``rank`` numbers wide between them: dense layers of their own at ``0`` and ``1`` under its path."""
+
+    inputs: int
+    rank: int
+    outputs: int
+
+    def parts(self) -> tuple[Dense, Dense]:
+        """The two layers."""
+        return Dense(self.inputs, self.rank, bias=False), Dense(self.rank, self.outputs)
+
+    def build(self) -> nn.Module:
+        """Two ``nn.Linear`` in a row."""
+        return nn.Sequential(*(part.build() for part in self.parts()))
+
+    def bytes(self) -> int:
+        """Bytes of both as fp32."""
+        return sum(part.bytes() for part in self.parts())
+
+    def flops(self) -> int:
+        """Multiplies and adds for one row."""
+        return sum(part.flops() for part in self.parts())
+
+
 class PackedLinear(PackedRows):
-    """A dense layer whose weights are stored as fp16, bf16, int8 or int4; inference only, gradients pass through it."""
+    """A dense layer whose weights are stored in 16 bits or fewer; inference only, gradients pass through it."""
 
     def __init__(self, layer: Dense) -> None:
         super().__init__(layer.outputs, layer.inputs, layer.data_type, layer.bias)

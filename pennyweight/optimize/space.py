@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from itertools import product
 
 from pennyweight.compress.distill import Distill
+from pennyweight.compress.factor import FactorDense, stiff
 from pennyweight.compress.prune import FoldNorms, PruneNeurons, hidden
 from pennyweight.compress.quantize import QuantizeDense, QuantizeTables
 from pennyweight.compress.share import ShareRows
@@ -42,8 +43,11 @@ WIDTHS = (4, 8)
 def structures(bundle: Bundle, layers: Mapping[str, Layer], env: Env) -> dict[Levels, Structure]:
     """Structures worth a try by their levels (neurons, rows); (0, 0) is the model as given."""
     prunes: list[Structure] = [()]
-    if hidden(bundle.model.build(env.allow), bundle.model.spec.inputs, env.calib or env.train):
-        prunes += [(PruneNeurons(keep=keep),) for keep in KEEP]
+    module, given = bundle.model.build(env.allow), (bundle.model.spec.inputs, env.calib or env.train)
+    # A factored layer has two matrices: half the rank leaves about the share of weights that pruning its width would.
+    factor = stiff(module, *given)
+    if hidden(module, *given):
+        prunes += [(PruneNeurons(keep=keep), *([FactorDense(keep / 2)] if factor else [])) for keep in KEEP]
     dims = [layer.dim for layer in layers.values() if isinstance(layer, Table) and layer.layout == "full" and layer.rows > 512]
     shares: list[Structure] = [()]
     apart = RETRIEVAL if staged(layers) else ()
@@ -69,10 +73,10 @@ def recovery(structure: Structure, env: Env, epochs: int) -> Structure:
     Where pairs can be dealt anew, most is learned from the teachers' answers about pairs nobody rated; then the recipe's
     regularizers are in the way (on the MovieLens sample a net cut to a quarter ended .0044 AUC above the model it came from,
     and .0008 below it with the recipe alone). A cosine from twice a plateau's rate has that rate on average. Without
-    items the recipe is carried whole, its schedule too, except that classes get that cosine (a net for digits, cut to a half, over
-    three seeds: refined log loss .2435 on validation, .2453 with the plateau). The softer and heavier teacher that is usual for classes did not
-    help: a convolutional net for digits, cut to an eighth, came from a log loss of .127 to .115 on 1,000 test rows, and with
-    alpha .9 at temperature 4 to .123; their accuracies could not be told apart.
+    items the recipe is carried whole, its schedule too, except that classes get that cosine (a net for digits, cut to a
+    half, over three seeds: refined log loss .2435 on validation, .2453 with the plateau). The softer and heavier teacher that
+    is usual for classes did not help: a convolutional net for digits, cut to an eighth, came from a log loss of .127 to .115
+    on 1,000 test rows, and with alpha .9 at temperature 4 to .123; their accuracies could not be told apart.
     """
     if not structure or not env.teachers or env.recipe is None or env.train is None or env.valid is None:
         return ()
