@@ -23,10 +23,11 @@ from pennyweight.accelerate.compile import export
 from pennyweight.accelerate.tune import SetRuntime
 from pennyweight.compress.aware import TrainRounded
 from pennyweight.compress.distill import Distill
-from pennyweight.compress.onnx import QuantizeOnnx
 from pennyweight.compress.factor import FactorDense
+from pennyweight.compress.onnx import QuantizeOnnx
 from pennyweight.compress.prune import FoldNorms, PruneNeurons
 from pennyweight.compress.quantize import QuantizeDense, QuantizeTables
+from pennyweight.compress.residual import SubtractCentres
 from pennyweight.compress.rotate import RotateTables
 from pennyweight.compress.share import ShareRows
 from pennyweight.compress.substitute import SubstituteTables
@@ -68,6 +69,7 @@ CASES = (
     Case(ShareRows(parts=2, codes=16)),
     Case(SubstituteTables("hot", ratio=4.0, min_rows=100), idle=SubstituteTables(min_rows=1000)),
     Case(RotateTables(dim=6), idle=RotateTables(dim=9)),
+    Case(SubtractCentres(codes=16)),
     Case(TrainRounded("int4", training=Distill(epochs=1))),
     Case(Distill(epochs=2), idle=Distill(epochs=0)),
     Case(QuantizeTables(data_type="int4")),

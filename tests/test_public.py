@@ -19,8 +19,11 @@ from pennyweight.model.transform import FIELD, STAGES, Transform
 IMPORTED = """
     Budget Bundle Column Dataset Env Model Plan Recipe Result Schema Spec Transform Trial fit load optimize plan save spec_of
 """
-TRANSFORMS = "distill fold-norms place prune-neurons quantize-dense quantize-onnx quantize-tables queue rotate-tables run share-rows substitute-tables train-rounded"
-LAYERS = "clustered conv dense hashed hot-rows identity narrow norm quotient robe table tensor-train"
+TRANSFORMS = (
+    "distill factor-dense fold-norms place prune-neurons quantize-dense quantize-onnx quantize-tables queue rotate-tables run "
+    "share-rows substitute-tables subtract-centres train-rounded"
+)
+LAYERS = "clustered conv dense hashed hot-rows identity low-rank narrow norm quotient residual robe table tensor-train"
 COMMANDS = "apply bench demo doctor export inspect optimize report serve train"
 
 

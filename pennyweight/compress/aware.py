@@ -37,6 +37,9 @@ REFRESH = 40
 ITERATIONS = 12
 """Rounds of k-means to start codebooks with, at most; training goes on where they end."""
 
+TRAINING = Distill(epochs=6, schedule="cosine")
+"""Few epochs, since rows start at what they were."""
+
 
 @named("train-rounded")
 @dataclasses.dataclass(frozen=True)
@@ -55,8 +58,8 @@ class TrainRounded(Transform):
     """One-byte codes a row; 0 does not share."""
     codes: int = 256
     """Centres a part, at most 256."""
-    training: Distill = dataclasses.field(default_factory=lambda: Distill(epochs=6, schedule="cosine"))
-    """How it is trained; few epochs are enough, since rows start at what they were."""
+    training: Distill = TRAINING
+    """How it is trained."""
     only: tuple[str, ...] = ()
     """Patterns of paths to round; all tables if empty."""
     skip: tuple[str, ...] = ()

@@ -86,7 +86,7 @@ class Block(nn.Module):
 
     def __init__(self, dim: int, heads: int, dropout: float) -> None:
         super().__init__()
-        self.heads, self.rate = heads, dropout
+        self.heads = heads
         self.before = nn.LayerNorm(dim)
         self.mix = nn.Linear(dim, 3 * dim)
         self.out = nn.Linear(dim, dim)
@@ -98,7 +98,7 @@ class Block(nn.Module):
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
         """[B, L, D] and which positions see which [B, 1, L, L] to [B, L, D]."""
         query, keys, values = self.mix(self.before(x)).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        rate = self.rate if self.training else 0.0
+        rate = self.dropout.p if self.training else 0.0
         seen = F.scaled_dot_product_attention(query, keys, values, mask, rate)
         x = x + self.dropout(self.out(seen.transpose(1, 2).flatten(2)))
         wide = self.dropout(F.relu(self.wide(self.between(x))))
