@@ -69,21 +69,31 @@ def _hints(cls: type) -> dict[str, Any]:
     return typing.get_type_hints(cls)
 
 
-def encode(value: Any) -> Any:
-    """Plain JSON values (dict, list, str, int, float, bool, None) from dataclasses, tuples and mappings."""
+def encode(value: Any, *, slim: bool = False) -> Any:
+    """Plain JSON values (dict, list, str, int, float, bool, None) from dataclasses, tuples and mappings.
+
+    ``slim`` leaves out fields that have their default: what is shipped, as no reader needs them.
+    """
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        out = {f.name: encode(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        given = {f.name: getattr(value, f.name) for f in dataclasses.fields(value) if not (slim and _usual(f, value))}
+        out = {name: encode(v, slim=slim) for name, v in given.items()}
         base = _base(type(value))
         return {_FAMILIES[base][0]: type(value).__config_name__, **out} if base else out  # type: ignore[attr-defined]
     if isinstance(value, Mapping):
-        return {str(k): encode(v) for k, v in value.items()}
+        return {str(k): encode(v, slim=slim) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
-        return [encode(v) for v in value]
+        return [encode(v, slim=slim) for v in value]
     if isinstance(value, float) and not math.isfinite(value):
         raise ConfigError(f"{value} cannot be written as JSON; only finite numbers can")
     if value is None or isinstance(value, (str, bool, int, float)):
         return value
     raise ConfigError(f"a {type(value).__name__} cannot be written as JSON: {value!r}")
+
+
+def _usual(field: dataclasses.Field[Any], value: Any) -> bool:
+    """Whether a field has its default."""
+    made = field.default_factory() if field.default_factory is not dataclasses.MISSING else field.default
+    return bool(getattr(value, field.name) == made)
 
 
 def decode(hint: Any, value: Any, path: str = "$") -> Any:

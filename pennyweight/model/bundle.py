@@ -27,10 +27,10 @@ import safetensors
 import safetensors.torch
 from torch import Tensor
 
-from pennyweight.core.config import decode, dumps, encode
+from pennyweight.core.config import decode, encode
 from pennyweight.core.errors import BundleError, ConfigError, StorageError
 from pennyweight.data.catalog import Catalog
-from pennyweight.model import conv, dense, hashed, tables  # noqa: F401  (registers the layers a manifest may name)
+from pennyweight.model import conv, dense, hashed, residual, tables  # noqa: F401  (registers the layers a manifest may name)
 from pennyweight.model.spec import Model, Spec
 
 FORMAT = 1
@@ -110,10 +110,10 @@ def save(bundle: Bundle, path: str | os.PathLike[str]) -> Path:
         files.update({f"catalog/{name}": data for name, data in bundle.catalog.files().items()})
     manifest = {
         "format": FORMAT,
-        "spec": encode(bundle.model.spec),
-        "placement": encode(bundle.placement),
-        "runtime": encode(bundle.runtime),
-        "policy": encode(bundle.policy),
+        "spec": encode(bundle.model.spec, slim=True),
+        "placement": encode(bundle.placement, slim=True),
+        "runtime": encode(bundle.runtime, slim=True),
+        "policy": encode(bundle.policy, slim=True),
         "plan": encode(bundle.plan),
         "files": {name: {"bytes": len(d), "sha256": hashlib.sha256(d).hexdigest()} for name, d in sorted(files.items())},
     }
@@ -123,7 +123,7 @@ def save(bundle: Bundle, path: str | os.PathLike[str]) -> Path:
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-        for name, data in {**files, "manifest.json": dumps(manifest).encode()}.items():
+        for name, data in {**files, "manifest.json": _compact(manifest)}.items():
             _put(temporary / name, data)
         temporary.chmod(0o755)
         swap(temporary, target)
@@ -135,6 +135,11 @@ def save(bundle: Bundle, path: str | os.PathLike[str]) -> Path:
         if temporary is not None and temporary.exists():
             shutil.rmtree(temporary, ignore_errors=True)
     return target
+
+
+def _compact(manifest: Mapping[str, Any]) -> bytes:
+    """JSON without a space: it is loaded to score, and of a small model it is a part worth counting."""
+    return json.dumps(manifest, sort_keys=True, ensure_ascii=False, separators=(",", ":")).encode() + b"\n"
 
 
 def _put(path: Path, data: bytes) -> None:

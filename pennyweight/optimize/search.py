@@ -52,12 +52,15 @@ from pennyweight.model.transform import Env, Plan, Transform, plan
 from pennyweight.optimize import prove
 from pennyweight.optimize.cost import calibrate, described, money, objective, predict, sketch
 from pennyweight.optimize.evaluate import Bench, cost, memory, outcomes, parts, race
-from pennyweight.optimize.space import Levels, Structure, recovery, stronger, structures, types
+from pennyweight.optimize.space import Levels, Structure, recoveries, stronger, structures, types
 from pennyweight.optimize.trial import Cost, Epoch, Price, Quality, Result, Trial
 
 Watch = Callable[["Step"], None]
 
 RECORD = "search.json"
+
+WAYS = 6.0
+"""Another way of recovery is tried if this many times what the last one took is left."""
 
 Z95 = 1.645
 """Standard errors from a mean to its one-sided 95 % bound."""
@@ -150,6 +153,8 @@ class Search:
     epoch_s: float = 0.0
     known: dict[str, Trial] = dataclasses.field(default_factory=dict)
     interrupted: bool = False
+    way: int | None = None
+    """Which of the recoveries is used, once it is known."""
 
     # -- time --------------------------------------------------------------------------------------------------------
 
@@ -255,15 +260,31 @@ class Search:
 
     def recovered(self, structure: Structure) -> Structure:
         """The structure with its training, or alone where training found nothing better than what compression left."""
-        training = recovery(structure, self.env, self.options.epochs)
-        if not training:
+        ways = recoveries(structure, self.env, self.options.epochs)
+        if not ways:
             return structure
+        if self.way is None:
+            self.way = self._best_way(structure, ways)
+        return structure if self._drop(structure, ways[self.way]) is None else (*structure, *ways[self.way])
+
+    def _best_way(self, structure: Structure, ways: Sequence[Structure]) -> int:
+        """Which recovery serves this model best; another is tried while that costs little of what is left."""
+        drops: list[float] = []
+        for way in ways:
+            began = time.monotonic()
+            drop = self._drop(structure, way)
+            drops.append(math.inf if drop is None else drop)
+            if self.left() - self.reserve < WAYS * (time.monotonic() - began):
+                break
+        return drops.index(min(drops))
+
+    def _drop(self, structure: Structure, way: Structure) -> float | None:
+        """The drop on validation after training a structure so; None where training found nothing better."""
         try:
-            self._applied(plan((*structure, *training)))
+            return self._validated(self._applied(plan((*structure, *way)))).drop
         except PlanError as error:
             self.say("train", f"kept without training: {error}")
-            return structure
-        return (*structure, *training)
+            return None
 
     def _trained(self, prefix: Plan) -> Bundle | None:
         key = _key(prefix)
@@ -383,7 +404,7 @@ class Search:
         free = [r for r in rungs if not r.structure]
         for rung in free:
             self._attempt_types(rung, ())
-        open_ = [r for r in rungs if r.structure and recovery(r.structure, self.env, 1) and self._promising(r.guesses[-1])]
+        open_ = [r for r in rungs if r.structure and recoveries(r.structure, self.env, 1) and self._promising(r.guesses[-1])]
         if open_ and self.options.tries:
             self.train_teachers()
         held = True
@@ -412,7 +433,8 @@ class Search:
 
     def _types(self, drawn: Bundle, norms: bool) -> Sequence[Structure]:
         """Data types to try: an ONNX graph's own, or those of its layers."""
-        return graph_types(drawn.model, self.env.calib is not None) or types(described(drawn, self.env.allow), norms)
+        rows = self.env.calib is not None or self.env.train is not None
+        return graph_types(drawn.model, self.env.calib is not None) or types(described(drawn, self.env.allow), norms, rows)
 
     def _promising(self, guess: Cost) -> bool:
         """Whether a prediction leaves hope: bytes are exact, milliseconds may be a third off."""
@@ -454,10 +476,13 @@ class Search:
             self.env = env = dataclasses.replace(env, teachers=(*env.teachers, teacher))
 
     def _attempt_types(self, rung: Rung, trained: Structure) -> bool:
-        """Try a structure's data types; whether one held its quality."""
-        name = "recovered" if trained else "free"
-        made = [self.attempt((*trained, *s), g, name) for s, g in zip(rung.dtypes, rung.guesses, strict=True)]
-        return any(map(self._held, made))
+        """Try a structure's data types as long as they hold its quality, mild to strong; whether one did."""
+        name, held = "recovered" if trained else "free", False
+        for suffix, guess in zip(rung.dtypes, rung.guesses, strict=True):
+            if not self._held(self.attempt((*trained, *suffix), guess, name)):
+                break
+            held = True
+        return held
 
     def _held(self, trial: Trial) -> bool:
         """No worse than the margin on validation.

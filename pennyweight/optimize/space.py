@@ -36,8 +36,8 @@ KEEP = (0.5, 0.25, 0.125)
 RETRIEVAL = ("retrieval.*",)
 """The stage of a cascade that the ranking metric does not see; it is never compressed beyond what is free."""
 
-WIDTHS = (4, 8)
-"""Numbers of a row that share one code: 16x and 32x smaller than fp32, codebooks aside."""
+WIDTHS = (2, 4, 8)
+"""Numbers of a row that share one code: 8x, 16x and 32x smaller than fp32, codebooks aside."""
 
 
 def structures(bundle: Bundle, layers: Mapping[str, Layer], env: Env) -> dict[Levels, Structure]:
@@ -53,7 +53,7 @@ def structures(bundle: Bundle, layers: Mapping[str, Layer], env: Env) -> dict[Le
     apart = RETRIEVAL if staged(layers) else ()
     if dims:
         usual = max(set(dims), key=dims.count)
-        shares += [(ShareRows(parts=usual // width, skip=apart),) for width in WIDTHS if usual % width == 0 and usual > width]
+        shares += [(ShareRows(parts=-(-usual // width), skip=apart),) for width in WIDTHS if usual > width]
     return {(i, k): (*prune, *share) for (i, prune), (k, share) in product(enumerate(prunes), enumerate(shares))}
 
 
@@ -67,34 +67,39 @@ def stronger(a: Levels, b: Levels) -> bool:
     return all(x >= y for x, y in zip(a, b, strict=True))
 
 
-def recovery(structure: Structure, env: Env, epochs: int) -> Structure:
-    """The training a structure needs; none for the model as given or without teachers, their recipe and rows to train on.
+def recoveries(structure: Structure, env: Env, epochs: int) -> list[Structure]:
+    """Ways to train what a structure left, the cheapest first; none without teachers, their recipe and rows to train on.
 
-    Where pairs can be dealt anew, most is learned from the teachers' answers about pairs nobody rated; then the recipe's
-    regularizers are in the way (on the MovieLens sample a net cut to a quarter ended .0044 AUC above the model it came from,
-    and .0008 below it with the recipe alone). A cosine from twice a plateau's rate has that rate on average. Without
-    items the recipe is carried whole, its schedule too, except that classes get that cosine (a net for digits, cut to a
-    half, over three seeds: refined log loss .2435 on validation, .2453 with the plateau). The softer and heavier teacher that
-    is usual for classes did not help: a convolutional net for digits, cut to an eighth, came from a log loss of .127 to .115
-    on 1,000 test rows, and with alpha .9 at temperature 4 to .123; their accuracies could not be told apart.
+    One carries the user's whole recipe and learns from labels and teachers alike. Where pairs can be dealt anew, another
+    learns most from the teachers' answers about pairs nobody rated; then regularizers are in the way. Neither wins everywhere:
+    on the MovieLens sample, a net cut to a quarter ended .0044 AUC above the model it came from by the second and .0008 below
+    it by the first; on Frappe, cut to a third, .0002 and .0012 above it.
+
+    Both fall by a cosine from twice a plateau's rate, which has that rate on average. A plateau was tried: what surgery left
+    is better than the first epochs at a full rate make it, so it gave up after two on Frappe, and on digits ended behind
+    (refined log loss of validation rows .2453 against .2435, three seeds). The softer and heavier teacher that is usual for
+    classes did not help: a convolutional net for digits, cut to an eighth, came from a log loss of .127 to .115 on 1,000 test
+    rows, and with alpha .9 at temperature 4 to .123; their accuracies could not be told apart.
     """
     if not structure or not env.teachers or env.recipe is None or env.train is None or env.valid is None:
-        return ()
+        return []
     lr = env.recipe.lr * (1 if env.recipe.schedule == "cosine" else 2)
+    ways: list[Structure] = [(Distill(epochs, lr=lr, schedule="cosine"),)]
     if env.train.schema.role("item") and env.train.schema.role("user"):
-        return (Distill(epochs, alpha=0.9, lr=lr, dealt=1.0, regularize=0.1, schedule="cosine"),)
-    if env.recipe.selector == "accuracy":
-        return (Distill(epochs, lr=lr, schedule="cosine"),)
-    return (Distill(epochs, schedule=env.recipe.schedule),)
+        ways.append((Distill(epochs, alpha=0.9, lr=lr, dealt=1.0, regularize=0.1, schedule="cosine"),))
+    return ways
 
 
-def types(layers: Mapping[str, Layer], norms: bool) -> list[Structure]:
-    """Data types to try on a structure, mild first; retrieval's tables keep 8 bits, where its recall costs nothing."""
+def types(layers: Mapping[str, Layer], norms: bool, rows: bool = True) -> list[Structure]:
+    """Data types to try on a structure, mild first; retrieval's tables keep 8 bits, where its recall costs nothing.
+
+    With ``rows`` to calibrate on, dense layers below 8 bits are rounded with feedback.
+    """
     held = {path: layer for path, layer in layers.items() if isinstance(layer, Table)}
     shared = any(layer.layout == "codebook" for layer in held.values())
     wide: Structure = (QuantizeTables("int8", only=RETRIEVAL),) if staged(held) else ()
     mild, strong = ("fp16", "int8") if shared else ("int8", "int4")
-    rows: dict[str, Structure] = {
+    stored: dict[str, Structure] = {
         t: (*wide, QuantizeTables(t, skip=RETRIEVAL if wide else ())) for t in ("fp16", "int8", "int4")
     }
     fold: Structure = (FoldNorms(),) if norms else ()
@@ -102,7 +107,8 @@ def types(layers: Mapping[str, Layer], norms: bool) -> list[Structure]:
     choices: list[tuple[str, Structure]] = [
         (mild, (QuantizeDense("int8"),)),
         (strong, (QuantizeDense("int8"),)),
-        (strong, (QuantizeDense("int4"),)),
+        (strong, (QuantizeDense("int4", feedback=rows),)),
+        *([(strong, (QuantizeDense("int3", feedback=True),))] if rows else []),
     ]
     # Without tables, or without dense layers, some are the same.
-    return list(dict.fromkeys((*fold, *(rows[t] if held else ()), *(d if dense else ())) for t, d in choices))
+    return list(dict.fromkeys((*fold, *(stored[t] if held else ()), *(d if dense else ())) for t, d in choices))
