@@ -69,7 +69,15 @@ Measure = Callable[[Options], Row | Sequence[Row]]
 """Rows of one id; several where it is judged by several metrics."""
 
 
-def run(name: str, rows: Mapping[str, Measure], *, timed: bool, seeds: int = 3, argv: Sequence[str] | None = None) -> None:
+def run(
+    name: str,
+    rows: Mapping[str, Measure],
+    *,
+    timed: bool,
+    seeds: int = 3,
+    argv: Sequence[str] | None = None,
+    parents: Sequence[argparse.ArgumentParser] = (),
+) -> None:
     """Measure the rows asked for, print them, and write those of a full run to ``results/NAME.json``.
 
     Args:
@@ -78,8 +86,9 @@ def run(name: str, rows: Mapping[str, Measure], *, timed: bool, seeds: int = 3, 
         timed: values depend on a quiet machine: wait for one, and refuse when others use more than 15 %.
         seeds: the default number of seeds.
         argv: arguments instead of the command line's.
+        parents: of arguments the benchmark reads itself.
     """
-    given = _arguments(name, rows, seeds, argv)
+    given = _arguments(name, rows, seeds, argv, parents)
     options = Options(given.quick, given.data, 1 if given.quick else given.seeds)
     for id in given.only or rows:
         if timed and not options.quick:
@@ -114,8 +123,14 @@ def show(rows: Sequence[Row], *, claim: bool = True) -> None:
         )
 
 
-def _arguments(name: str, rows: Mapping[str, Measure], seeds: int, argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog=f"python -m benchmarks.{name}")
+def _arguments(
+    name: str,
+    rows: Mapping[str, Measure],
+    seeds: int,
+    argv: Sequence[str] | None,
+    parents: Sequence[argparse.ArgumentParser],
+) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog=f"python -m benchmarks.{name}", parents=parents)
     parser.add_argument("--quick", action="store_true", help="under a minute: check the harness, write nothing")
     parser.add_argument(
         "--data", type=Path, default=Path("../shared/data"), help="folder with the public data sets (default: %(default)s)"

@@ -222,4 +222,6 @@ def resolve(factory: str, allow: Sequence[str] = ()) -> Any:
 
 def spec_of(factory: type | Any, inputs: Sequence[str] = (), **args: Any) -> Spec:
     """A spec for a class or function and its (JSON or dataclass) arguments."""
-    return Spec(f"{factory.__module__}:{factory.__qualname__}", {k: encode(v, slim=True) for k, v in args.items()}, {}, tuple(inputs))
+    return Spec(
+        f"{factory.__module__}:{factory.__qualname__}", {k: encode(v, slim=True) for k, v in args.items()}, {}, tuple(inputs)
+    )

@@ -265,23 +265,23 @@ class Search:
             return structure
         if self.way is None:
             self.way = self._best_way(structure, ways)
-        return structure if self._drop(structure, ways[self.way]) is None else (*structure, *ways[self.way])
+        return structure if self._bound(structure, ways[self.way]) is None else (*structure, *ways[self.way])
 
     def _best_way(self, structure: Structure, ways: Sequence[Structure]) -> int:
         """Which recovery serves this model best; another is tried while that costs little of what is left."""
-        drops: list[float] = []
+        bounds: list[float] = []
         for way in ways:
             began = time.monotonic()
-            drop = self._drop(structure, way)
-            drops.append(math.inf if drop is None else drop)
+            bound = self._bound(structure, way)
+            bounds.append(math.inf if bound is None else bound)
             if self.left() - self.reserve < WAYS * (time.monotonic() - began):
                 break
-        return drops.index(min(drops))
+        return bounds.index(min(bounds))
 
-    def _drop(self, structure: Structure, way: Structure) -> float | None:
-        """The drop on validation after training a structure so; None where training found nothing better."""
+    def _bound(self, structure: Structure, way: Structure) -> float | None:
+        """The 95 % bound of the drop on validation after training a structure so; None where training found nothing better."""
         try:
-            return self._validated(self._applied(plan((*structure, *way)))).drop
+            return self._validated(self._applied(plan((*structure, *way)))).drop_upper_95
         except PlanError as error:
             self.say("train", f"kept without training: {error}")
             return None
@@ -457,7 +457,8 @@ class Search:
                 teacher = load(folder).model
             else:
                 allowed = self.options.seconds / 3 - (time.monotonic() - self.started)
-                if allowed <= 0:
+                # One stopped half-way teaches what the given model has unlearned.
+                if allowed <= sum(e.seconds for e in self.options.epochs_before):
                     return
                 module = seeded(spec, seed, env.allow, self.bundle.model.state)
                 fit(

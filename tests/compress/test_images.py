@@ -166,7 +166,9 @@ def test_a_norm_folds_where_the_sums_allow_it(layers, home: str | None) -> None:
     torch.testing.assert_close(module(x), want, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize(("data_type", "most"), [("fp16", 2e-3), ("bf16", 0.02), ("int8", 0.03), ("int4", 0.3), ("int3", 0.6), ("int2", 1.0)])
+@pytest.mark.parametrize(
+    ("data_type", "most"), [("fp16", 2e-3), ("bf16", 0.02), ("int8", 0.03), ("int4", 0.3), ("int3", 0.6), ("int2", 1.0)]
+)
 def test_convolutions_are_quantized(data_type: str, most: float, given: Bundle, env: Env) -> None:
     bundle = QuantizeDense(data_type).apply(given, env)
     layers = bundle.model.spec.layers
