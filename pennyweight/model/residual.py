@@ -78,7 +78,8 @@ class ResidualTable(nn.Module):
     @property
     def weight(self) -> Tensor:
         """All rows, fp32 [rows, dim]."""
-        return self(torch.arange(self.layer.rows, device=self.codes.device))
+        every: Tensor = self(torch.arange(self.layer.rows, device=self.codes.device))
+        return every
 
     def extra_repr(self) -> str:
         """The layer, as ``print(module)`` shows it."""

@@ -1,0 +1,26 @@
+#!/bin/sh
+# One environment a peer, outside the tree: benchmarks/peers/setup.sh FOLDER [PEER...]. Then: make bench-compress ARGS="--venvs FOLDER".
+# PyTorch is pinned, since a peer's metadata would else move it.
+set -eu
+folder=${1:?usage: benchmarks/peers/setup.sh FOLDER [PEER...]}
+shift
+python=${PYTHON:-python3.11}
+
+packages() {
+  case $1 in
+    onnxruntime) echo onnxruntime==1.32.0 onnx==1.23.2 onnx-ir==1.1.0 numpy==2.4.6 sympy ;;
+    openvino) echo openvino==2026.4.1 nncf==3.4.0 onnx==1.23.2 ;;
+    torch) echo torch==2.13.0 torchao==0.18.0 torch-pruning==1.6.1 numpy==2.4.6 safetensors==0.8.0 ;;
+    neural) echo torch==2.13.0 neural-compressor-pt==3.10 accelerate safetensors==0.8.0 ;;
+    keras) echo torch==2.13.0 keras==3.15.1 numpy==2.4.6 safetensors==0.8.0 ;;
+    *) echo "no peer $1; there are: onnxruntime openvino torch neural keras" >&2; exit 1 ;;
+  esac
+}
+
+for peer in ${@:-onnxruntime openvino torch neural keras}; do
+  wanted=$(packages "$peer")
+  [ -d "$folder/$peer" ] || "$python" -m venv "$folder/$peer"
+  # shellcheck disable=SC2086  # several packages
+  "$folder/$peer/bin/python" -m pip install --quiet $wanted
+  echo "$peer: $wanted"
+done
