@@ -13,6 +13,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
+from typing import Literal
 
 import torch
 
@@ -25,6 +26,10 @@ from pennyweight.model.spec import Batch, Layer, call, leaves
 from pennyweight.model.tables import Table
 from pennyweight.model.transform import Env, Plan, Transform
 from pennyweight.optimize.trial import Cost, Part, Price
+
+
+Objective = Literal["cost", "bytes"]
+"""What the search makes small: what a request costs, or the weights file alone."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,11 +148,14 @@ def money(cost: Cost, threads: int, price: Price) -> float:
     return hours * max(1, threads) * price.core_hour + cost.bytes / 1e9 * price.gb_month * hours / 730
 
 
-def objective(cost: Cost, baseline: Cost, price: Price | None = None, threads: int = 1) -> float:
+def objective(cost: Cost, baseline: Cost, price: Price | None = None, threads: int = 1, of: Objective = "cost") -> float:
     """What the search makes small: money where there is a price, else bytes times milliseconds over the baseline's.
 
-    Milliseconds are the geometric mean of p50 and p99: the one is steady, the other is what is asked for.
+    Milliseconds are the geometric mean of p50 and p99: the one is steady, the other is what is asked for. ``of`` bytes
+    looks at nothing else.
     """
+    if of == "bytes":
+        return cost.bytes / baseline.bytes
     if price is not None and (price.core_hour or price.gb_month):
         return money(cost, threads, price) / max(money(baseline, threads, price), 1e-12)
     slow = max(baseline.p50_ms * baseline.p99_ms, 1e-12)

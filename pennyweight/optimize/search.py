@@ -50,7 +50,7 @@ from pennyweight.model.spec import Model, seeded
 from pennyweight.model.train import EpochLog, Progress, fit
 from pennyweight.model.transform import Env, Plan, Transform, plan
 from pennyweight.optimize import prove
-from pennyweight.optimize.cost import calibrate, described, money, objective, predict, sketch
+from pennyweight.optimize.cost import Objective, calibrate, described, money, objective, predict, sketch
 from pennyweight.optimize.evaluate import Bench, cost, memory, outcomes, parts, race
 from pennyweight.optimize.space import Levels, Structure, recoveries, stronger, structures, types
 from pennyweight.optimize.trial import Cost, Epoch, Price, Quality, Result, Trial
@@ -98,6 +98,10 @@ class Options:
     force: bool = False
     """Search even where the model is within the budget already."""
     engines: tuple[Engine, ...] = ("eager", "onnxruntime")
+    objective: Objective = "cost"
+    """What is made small within the budget."""
+    control: bool = True
+    """Train the given model for as long as the others; without it nobody knows what of a gain is compression's."""
     price: Price | None = None
     model: str = "model"
     """The model's name, for the report."""
@@ -502,12 +506,14 @@ class Search:
 
     def _objective(self, trial: Trial) -> float:
         assert trial.measured is not None
-        return objective(trial.measured, self.base, self.options.price)
+        return objective(trial.measured, self.base, self.options.price, of=self.options.objective)
 
     # -- runtime, control, proof -------------------------------------------------------------------------------------
 
     def tune_finalists(self) -> None:
-        """Choose engine and threads on the best plan by measurement, and try the others with it."""
+        """Choose engine and threads on the best plan by measurement, and try the others with it; bytes are the same with any."""
+        if self.options.objective == "bytes":
+            return
         held = [t for t in self.trials if t.measured and self._held(t) and t.name != "control"]
         if not held or self.left() < self.reserve:
             return
@@ -530,7 +536,7 @@ class Search:
     def run_control(self) -> Trial | None:
         """The given model after the same extra training, not compressed."""
         extra = [t for trial in self.trials for t in trial.plan.transforms if t.stage == "training"]
-        if not extra or self.left() < self.reserve:
+        if not extra or not self.options.control or self.left() < self.reserve:
             return None
         self.say("control", "training the model as given for as long, without compression")
         try:
