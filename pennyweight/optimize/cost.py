@@ -27,7 +27,6 @@ from pennyweight.model.tables import Table
 from pennyweight.model.transform import Env, Plan, Transform
 from pennyweight.optimize.trial import Cost, Part, Price
 
-
 Objective = Literal["cost", "bytes"]
 """What the search makes small: what a request costs, or the weights file alone."""
 

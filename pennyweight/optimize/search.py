@@ -511,7 +511,7 @@ class Search:
     # -- runtime, control, proof -------------------------------------------------------------------------------------
 
     def tune_finalists(self) -> None:
-        """Choose engine and threads on the best plan by measurement, and try the others with it; bytes are the same with any."""
+        """Choose engine and threads on the best plan by measurement, and try the others with it; it changes no bytes."""
         if self.options.objective == "bytes":
             return
         held = [t for t in self.trials if t.measured and self._held(t) and t.name != "control"]
