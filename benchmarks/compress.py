@@ -35,10 +35,11 @@ import torch
 import pennyweight
 from benchmarks import harness
 from benchmarks.harness import Options, Row
+from benchmarks.judged import Bars, Found, Setting, kept, listed, rows_of, size, trained
 from pennyweight.compress.distill import Distill
 from pennyweight.compress.prune import FoldNorms
 from pennyweight.compress.quantize import QuantizeDense, QuantizeTables
-from pennyweight.core.config import dumps, encode, loads, write
+from pennyweight.core.config import write
 from pennyweight.core.errors import Infeasible
 from pennyweight.data import loaders
 from pennyweight.data.dataset import Dataset, Split
@@ -47,24 +48,22 @@ from pennyweight.data.schema import Column, Schema
 from pennyweight.export import export
 from pennyweight.model.bundle import Bundle, load, save
 from pennyweight.model.ranking import DNN, DeepFM
-from pennyweight.model.spec import Model, Spec, seeded, spec_of
+from pennyweight.model.spec import Model, Spec, spec_of
 from pennyweight.model.tables import Table
-from pennyweight.model.train import Fit, Recipe, fit
+from pennyweight.model.train import Fit, Recipe
 from pennyweight.model.transform import Env, plan
 from pennyweight.optimize import prove
 from pennyweight.optimize.cost import described
 from pennyweight.optimize.evaluate import scores
 from pennyweight.optimize.prove import Comparison
 from pennyweight.optimize.search import Outcome
-from pennyweight.optimize.trial import Quality, Trial
+from pennyweight.optimize.trial import Trial
 
 ROOT = Path(__file__).parents[1]
 CALIBRATION = 2048
 """Training rows a peer may calibrate on."""
 MANIFEST = 3_000
 """Bytes a budget leaves for the manifest, which the loader reads beside the weights that a budget limits."""
-PROUD = 3.0
-"""Paired deviations of a gain above which something is wrong, or the given model was not trained out."""
 LEVEL = 0.05
 """How far from .5 the AUC of random codes may be."""
 QUICK_S = 3.0
@@ -165,133 +164,34 @@ class Given:
         return size(self.folder / "bundle")
 
 
-def size(folder: Path) -> int:
-    """Bytes a loader reads to score with a bundle."""
-    return sum((folder / name).stat().st_size for name in ("manifest.json", "weights.safetensors"))
-
-
-@dataclasses.dataclass(frozen=True)
-class Setting:
-    """What was asked for on the command line."""
-
-    options: Options
-    cache: Path
-    venvs: Path | None
-
-    def subject(self, name: str) -> Subject:
-        """The subject of a name, which a quick run puts the sample in the place of."""
-        return QUICK if self.options.quick else SUBJECTS[name]
-
-    def folder(self, name: str) -> Path:
-        return self.cache / ("quick" if self.options.quick else name)
+def subject_of(setting: Setting, name: str) -> Subject:
+    """The subject of a name, which a quick run puts the sample in the place of."""
+    return QUICK if setting.options.quick else SUBJECTS[name]
 
 
 @functools.cache
 def _parts(setting: Setting, name: str) -> Split:
     rows = setting.folder(name) / "rows"
     shutil.rmtree(rows, ignore_errors=True)
-    return setting.subject(name).read(setting.options.data, rows)
+    return subject_of(setting, name).read(setting.options.data, rows)
 
 
 @functools.cache
 def given(setting: Setting, name: str, seed: int) -> Given:
     """The model of a seed, from the cache where it was trained by this recipe before."""
-    subject, parts = setting.subject(name), _parts(setting, name)
+    subject, parts = subject_of(setting, name), _parts(setting, name)
     folder = setting.folder(name) / f"seed-{seed}"
-    spec, file = subject.make(parts.train.schema.columns), folder / "trained.json"
-    asked = encode(subject.recipe), encode(spec)
-    if file.exists() and (kept := json.loads(file.read_text()))["asked"] == list(asked):
-        done = loads(Fit, json.dumps(kept["fit"]), str(file))
-    else:
-        done = _train(spec, parts, subject.recipe, seed, folder / "bundle")
-        write(file, dumps({"asked": asked, "fit": done}))
+    done = kept(subject.make(parts.train.schema.columns), parts, subject.recipe, seed, folder)
     return Given(folder, subject, parts, load(folder / "bundle"), done, seed)
 
 
-def _train(spec: Spec, parts: Split, recipe: Recipe, seed: int, out: Path) -> Fit:
-    """Train on one thread; seconds are the processor's, which others on the machine do not lengthen."""
-    module, began = seeded(spec, seed), time.process_time()
-    done = fit(module, parts.train, parts.valid, recipe, seed=seed)
-    save(Bundle(Model.of(module, spec)), out)
-    return dataclasses.replace(done, seconds=time.process_time() - began)
-
-
 # -- what came of it -------------------------------------------------------------------------------------------------------
-
-
-@dataclasses.dataclass(frozen=True)
-class Found:
-    """What one seed of a row came to."""
-
-    ratio: float
-    drop: float
-    upper: float
-    """95 % bound of the drop."""
-    seconds: float
-    what: str
-    deviations: float = 0.0
-    """The drop in standard errors of the paired difference."""
-    control: Quality | None = None
-    """Against the control."""
-    gain: float = 0.0
-    """Of the control over the given model."""
-    above: float = 0.0
-    """The largest ratio tried whose test AUC was no lower than the given model's."""
-    proven: bool = True
-    total: float = 0.0
-    """Seconds of all budgets tried."""
 
 
 def found(given: Given, ratio: float, logits: npt.ArrayLike, seconds: float, what: str, **more: Any) -> Found:
     """Test logits judged."""
     c = given.compared(logits)
     return Found(ratio, c.drop, c.upper, seconds, what, c.drop / c.se if c.se > 1e-12 else 0.0, **more)
-
-
-@dataclasses.dataclass(frozen=True)
-class Bars:
-    """What a row must reach; None is not judged."""
-
-    ratio: float | None = None
-    margin: float | None = None
-    seconds: float | None = None
-
-
-def rows_of(id: str, each: Sequence[Found], bars: Bars = Bars(), note: str = "", peer: str | None = None) -> list[Row]:
-    """The metrics of one row: worst over seeds for ratio, bound and seconds, mean for the drop."""
-    said = [note] if note else []
-    said += [f"against the control: drop {_list(f.control.drop for f in each if f.control)}"] if each[0].control else []
-    said += [f"the control gains {_list(f.gain for f in each)}"] if each[0].control else []
-    if proud := [f for f in each if f.deviations < -PROUD]:
-        said.append(f"FLAG: a gain of {_list((-f.deviations for f in proud), '.1f')} paired deviations, to be accounted for")
-    said += [f"seeds: {' | '.join(dict.fromkeys(f.what for f in each))}"]
-    made = functools.partial(_row, id, "; ".join(said), peer, len(each))
-    rows = [
-        made("compression_ratio", [f.ratio for f in each], min, bars.ratio, False),
-        made("drop", [f.drop for f in each], statistics.fmean, bars.margin, True),
-        made("drop_upper_95", [f.upper for f in each], max, bars.margin, True),
-        made("seconds", [f.seconds for f in each], max, bars.seconds, True),
-    ]
-    if all(f.control for f in each):
-        against = [f.control for f in each if f.control]
-        rows += [
-            made("drop_against_control", [c.drop for c in against], statistics.fmean, bars.margin, True),
-            made("drop_against_control_upper_95", [c.drop_upper_95 for c in against], max, bars.margin, True),
-        ]
-    return rows
-
-
-def _row(
-    id: str, note: str, peer: str | None, seeds: int, metric: str, values: list[float],
-    of: Callable[[list[float]], float], bar: float | None, at_most: bool,
-) -> Row:  # fmt: skip
-    value, shown = of(values), note if metric == "compression_ratio" else ""
-    ours = value if peer else None
-    return Row(id, metric, value, min(values), max(values), seeds, bar, note=shown, at_most=at_most, peer=peer, peer_value=ours)
-
-
-def _list(values: Any, form: str = ".4f") -> str:
-    return ", ".join(format(v, form) for v in values)
 
 
 # -- ours ------------------------------------------------------------------------------------------------------------------
@@ -332,7 +232,7 @@ def ours(id: str, name: str, effort: Effort, setting: Setting) -> list[Row]:
     note = (
         f"at an AUC drop of at most {effort.margin}, "
         f"{'proven' if all(f.proven for f in each) else 'NOT proven'} for all seeds; of the ratios asked for, the last "
-        f"proven; at most {cap:.0f} s a budget ({_list((f.total for f in each), '.0f')} s for all budgets tried)"
+        f"proven; at most {cap:.0f} s a budget ({listed((f.total for f in each), '.0f')} s for all budgets tried)"
     )
     rows = rows_of(id, each, Bars(effort.ratio, effort.margin, cap), note)
     if effort.trainings > 1:
@@ -414,8 +314,8 @@ def baseline(id: str, name: str, setting: Setting) -> list[Row]:
     found = [m.compared(m.scores).baseline for m in models]
     subject = models[0].subject
     note = (
-        f"{subject.note}; validation {_list(m.fit.metric for m in models)}; trained in "
-        f"{_list((m.fit.seconds for m in models), '.0f')} s on one thread; {models[0].bytes:,} bytes"
+        f"{subject.note}; validation {listed(m.fit.metric for m in models)}; trained in "
+        f"{listed((m.fit.seconds for m in models), '.0f')} s on one thread; {models[0].bytes:,} bytes"
     )
     mean = statistics.fmean(found)
     return [Row(id, "auc", mean, min(found), max(found), len(found), subject.strength, note=note)]
@@ -447,7 +347,7 @@ def random_codes(id: str, name: str, setting: Setting) -> list[Row]:
 
     values = [one(given(setting, name, seed)) for seed in range(setting.options.seeds)]
     off = [abs(v - 0.5) for v in values]
-    note = f"distance of the test AUC from .5 with the rows of all tables dealt at random: {_list(values)}"
+    note = f"distance of the test AUC from .5 with the rows of all tables dealt at random: {listed(values)}"
     return [Row(id, "auc_from_half", max(off), min(off), max(off), len(off), LEVEL, note=note, at_most=True)]
 
 
@@ -490,7 +390,7 @@ def from_scratch(id: str, name: str, setting: Setting) -> list[Row]:
     def one(model: Given) -> Found:
         spec = narrowed(model.bundle.model.spec, model.subject.small)
         folder, began = model.folder / "from-scratch", time.monotonic()
-        _train(spec, model.parts, model.subject.recipe, model.seed, folder)
+        trained(spec, model.parts, model.subject.recipe, model.seed, folder)
         small = packed(load(folder), model.env)
         save(small, folder)
         seconds = time.monotonic() - began
@@ -499,9 +399,8 @@ def from_scratch(id: str, name: str, setting: Setting) -> list[Row]:
         )
 
     each = [one(given(setting, name, seed)) for seed in range(setting.options.seeds)]
-    note = (
-        f"hidden layers {setting.subject(name).small} from the start, the same recipe, no teacher; then int4 tables and layers"
-    )
+    widths = subject_of(setting, name).small
+    note = f"hidden layers {widths} from the start, the same recipe, no teacher; then int4 tables and layers"
     return rows_of(id, each, note=note)
 
 
