@@ -31,15 +31,14 @@ from pennyweight.core import hardware
 from pennyweight.core.config import named
 from pennyweight.core.errors import ConfigError, DeviceError, PlanError
 from pennyweight.core.measure import Call, Latency, interleaved, over
-from pennyweight.model.bundle import Bundle, Runtime
+from pennyweight.model.bundle import Bucket, Bundle, Engine, Runtime
 from pennyweight.model.spec import Batch
 from pennyweight.model.transform import Env, Transform
 
-Engine = Literal["eager", "onnxruntime", "compile"]
 ENGINES: tuple[Engine, ...] = get_args(Engine)
 """Simplest first: the order in which ties are decided."""
 
-MAKES_S = {"eager": 0.0, "onnxruntime": 10.0, "compile": 60.0}
+MAKES_S = {"eager": 0.0, "fused": 2.0, "onnxruntime": 10.0, "openvino": 10.0, "compile": 60.0, "aot": 60.0}
 """Seconds making an engine may take; it is not started with less time left."""
 
 TIE = 1.05
@@ -61,6 +60,12 @@ class SetRuntime(Transform):
     """0 is the engine's own default, which is every core."""
     batch: int = 0
     """0 is no cut."""
+    shared: bool = False
+    """Compute what depends on the user alone once a request."""
+    buckets: tuple[Bucket, ...] = ()
+    """Other settings for smaller batches, by rows ascending."""
+    machine: str = ""
+    """Where this was measured, as ``core.hardware.fingerprint`` names it."""
 
     family: ClassVar[Literal["accelerate"]] = "accelerate"
     stage: ClassVar[Literal["runtime"]] = "runtime"
@@ -73,12 +78,14 @@ class SetRuntime(Transform):
 
     def change(self, bundle: Bundle, env: Env) -> Bundle:
         """The bundle with this runtime; whether the engine is installed is found by the Runner, on the machine that serves."""
-        return bundle.replace(runtime=Runtime(self.engine, self.threads, self.batch))
+        return bundle.replace(runtime=Runtime(self.engine, self.threads, self.batch, self.shared, self.buckets, self.machine))
 
     def describe(self) -> str:
         """One plain sentence."""
         threads = f"{self.threads} thread{'s' * (self.threads != 1)}" if self.threads else "as many threads as the engine likes"
-        return f"run with {self.engine} on {threads}" + (f", {self.batch} rows at a time" if self.batch else "")
+        parts = [f"run with {self.engine} on {threads}", *([f"{self.batch} rows at a time"] if self.batch else [])]
+        parts += [f"{b.engine} up to {b.rows} rows" for b in self.buckets]
+        return ", ".join([*parts, *(["what candidates share once"] if self.shared else [])])
 
 
 @dataclasses.dataclass(frozen=True)

@@ -174,6 +174,14 @@ def machine() -> dict[str, Any]:
     }
 
 
+def fingerprint() -> str:
+    """What a measured choice of engines holds for: the processor, its cores, the GPUs, and PyTorch's version."""
+    found = machine()
+    return ", ".join(
+        [found["cpu"], f"{found['cores']} cores", *([found["gpu"]] if found["gpu"] else []), f"torch {torch.__version__}"]
+    )
+
+
 def versions() -> dict[str, str]:
     """Versions that can change a result, of those packages that are installed."""
     names = ("pennyweight", "torch", "numpy", "polars", "pyarrow", "safetensors", "onnxruntime", "onnx", "keras", "torchrec")

@@ -16,6 +16,7 @@ import ctypes
 import dataclasses
 import hashlib
 import json
+import math
 import os
 import shutil
 import tempfile
@@ -28,6 +29,7 @@ import safetensors.torch
 from torch import Tensor
 
 from pennyweight.core.config import decode, encode
+from pennyweight.core.curve import Curve
 from pennyweight.core.errors import BundleError, ConfigError, StorageError
 from pennyweight.data.catalog import Catalog
 from pennyweight.model import conv, dense, hashed, residual, tables  # noqa: F401  (registers the layers a manifest may name)
@@ -45,20 +47,105 @@ class Placement:
     """Table path -> where it lives: ``cpu``, ``disk`` (memory-mapped) or ``cuda:0``; one not named is on ``cpu``."""
 
 
+Engine = Literal["eager", "fused", "onnxruntime", "openvino", "compile", "aot"]
+"""Ways to run a module, the simplest first."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Bucket:
+    """How batches of up to ``rows`` rows are executed."""
+
+    rows: int
+    engine: Engine = "eager"
+    threads: int = 0
+    batch: int = 0
+
+
 @dataclasses.dataclass(frozen=True)
 class Runtime:
     """How the model is executed."""
 
-    engine: Literal["eager", "compile", "onnxruntime"] = "eager"
+    engine: Engine = "eager"
     threads: int = 0
     """Threads inside one forward; 0 is the engine's own default (all cores)."""
     batch: int = 0
     """Rows scored in one forward; a larger request is cut. 0 is no limit."""
+    shared: bool = False
+    """Compute what depends on the user alone once a request, not once a candidate (``accelerate.factor``)."""
+    buckets: tuple[Bucket, ...] = ()
+    """Other settings for smaller batches, by rows ascending; a batch takes the first it fits in, else the fields above."""
+    machine: str = ""
+    """Where this was measured (``core.hardware.fingerprint``); empty where it was not. Elsewhere it is measured again."""
+
+    def __post_init__(self) -> None:
+        sizes = [b.rows for b in self.buckets]
+        if sizes != sorted(set(sizes)) or any(rows < 1 for rows in sizes):
+            raise ConfigError(f"buckets end at {', '.join(map(str, sizes))} rows; give sizes from 1, each larger than the last")
+
+    def at(self, rows: int) -> Runtime:
+        """The settings for a batch of so many rows, without buckets."""
+        found = next((b for b in self.buckets if rows <= b.rows), None)
+        chosen = (self.engine, self.threads, self.batch) if found is None else (found.engine, found.threads, found.batch)
+        return dataclasses.replace(self, engine=chosen[0], threads=chosen[1], batch=chosen[2], buckets=())
+
+
+@dataclasses.dataclass(frozen=True)
+class Priority:
+    """A class of requests; a policy lists its classes from the most important one."""
+
+    name: str
+    deadline_ms: float = 0.0
+    """Its requests are answered within this time or refused; 0 is the policy's."""
+    share: float = 0.8
+    """One is admitted if all ahead of it will be done within this share of its time: the smaller, the earlier it is shed."""
+    degrade: bool = False
+    """Whether variants that are not proven within the margin may answer it."""
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.deadline_ms) and self.deadline_ms >= 0 and 0 < self.share <= 1):
+            raise ConfigError(
+                f"class {self.name!r}: deadline_ms {self.deadline_ms:g} and share {self.share:g}; give 0 or more milliseconds, "
+                "and a share above 0 and at most 1"
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class Tenant:
+    """Somebody who asks, and how much of the devices is theirs; the name ``*`` stands for each who has no line."""
+
+    name: str
+    quota: float
+    """Milliseconds of device time a second: 1000 is one device, always."""
+    burst_s: float = 1.0
+    """Seconds of quota that may be saved up and spent at once."""
+
+    def __post_init__(self) -> None:
+        if not all(math.isfinite(v) and v > 0 for v in (self.quota, self.burst_s)):
+            raise ConfigError(
+                f"tenant {self.name!r}: quota {self.quota:g} and burst_s {self.burst_s:g}; both must be finite and above 0"
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class Variant:
+    """A model that can answer; a policy lists its variants from the best to the cheapest."""
+
+    name: str
+    folder: str = ""
+    """Its bundle, seen from the folder of this one; empty is this bundle itself."""
+    gap: float = 0.0
+    """What it loses against the best in the policy's metric: the upper 95 % bound of the proof, not the estimate."""
+    within: bool = True
+    """Whether that is proven to lie within the margin; one that is not serves only those who allow it."""
+    batch: int = 0
+    """Requests joined into one forward at most, by its profile; 0 is the policy's."""
+    costs: Mapping[str, Curve] = dataclasses.field(default_factory=dict)
+    """What its work takes on each device, as profiled; where nothing is known it is learned from the first answers."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Policy:
-    """How requests are queued, joined and limited."""
+    """How requests are queued, joined and limited, and by which models they may be answered."""
 
     batch: int = 1
     """Requests joined into one forward at most."""
@@ -67,9 +154,31 @@ class Policy:
     queue: int = 1000
     """Requests that may wait; one more is refused with 429."""
     deadline_ms: float = 1000.0
-    """A request not started by then is refused with 429."""
+    """A request is answered within this time or refused with 429."""
     candidates: int = 10_000
     """Items one request may ask to be scored; more is refused with 413."""
+    classes: tuple[Priority, ...] = ()
+    """Classes of requests, the most important first; empty is one class for all."""
+    tenants: tuple[Tenant, ...] = ()
+    """Who may use how much; empty is no quota for anybody."""
+    variants: tuple[Variant, ...] = ()
+    """Models that may answer, the best first; empty is this bundle alone."""
+    metric: str = ""
+    """What the variants' gaps are measured in."""
+    margin: float = 0.0
+    """The gap that was allowed."""
+    age_ms: float = 0.0
+    """A class counts as due this much later than the one above it, so that it is overtaken no longer; 0 is its deadline."""
+    hedge: float = 0.0
+    """Share of the work that may be done twice, where a worker is much later than predicted; 0 is never."""
+
+    def __post_init__(self) -> None:
+        for what in ("classes", "tenants", "variants"):
+            names = [entry.name for entry in getattr(self, what)]
+            if len(set(names)) < len(names):
+                raise ConfigError(f"{what} {', '.join(names)}: each name may stand once")
+        if self.variants and not self.variants[0].within:
+            raise ConfigError(f"the best variant, {self.variants[0].name!r}, is not within the margin; put first what is proven")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
