@@ -55,7 +55,7 @@ class TrainRounded(Transform):
     data_type: Literal["int8", "int4", "int2"] = "int4"
     """Of the rows, where they are not shared; codebooks stay fp32, for ``QuantizeTables`` to write smaller."""
     parts: int = 0
-    """One-byte codes a row; 0 does not share."""
+    """Codes a row; 0 does not share."""
     codes: int = 256
     """Centres a part, at most 256."""
     training: Distill = TRAINING
@@ -184,7 +184,7 @@ class Codes(Grid):
 
     def refresh(self, weight: Tensor) -> None:
         """The nearest code of each part of each row."""
-        self.table.codes.copy_(coded(weight, self.layer, self.table.codebooks.detach()))
+        self.table.codes.copy_(self.layer.pack_codes(coded(weight, self.layer, self.table.codebooks.detach())))
 
     def rounded(self, rows: Tensor, ids: Tensor) -> Tensor:
         """Each part as its code's vector, which learns along with the row behind."""
@@ -194,4 +194,4 @@ class Codes(Grid):
     def written(self, weight: Tensor) -> Mapping[str, Tensor]:
         """Codes and codebooks."""
         self.refresh(weight)
-        return self.layer.encode_codebook(self.table.codes, self.table.codebooks.detach())
+        return {"codes": self.table.codes, **self.layer.encode_books(self.table.codebooks.detach())}

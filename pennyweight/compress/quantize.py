@@ -152,7 +152,7 @@ def _fed(model: Model, new: Mapping[str, tuple[nn.Module, Dense | Conv]], rows: 
 
 def _table(path: str, module: nn.Module, new: Table) -> Change:
     if isinstance(module, CodebookTable):
-        return new, new.encode_codebook(module.codes, finite(path, module.books().detach(), new.data_type))
+        return new, {"codes": module.codes, **new.encode_books(finite(path, module.books().detach(), new.data_type))}
     return new, new.encode(finite(path, rows_of(module), new.data_type))
 
 

@@ -13,9 +13,10 @@ costs is having trained it.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import islice
 from typing import Any, ClassVar, Literal
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +24,7 @@ from torch import Tensor, nn
 from pennyweight.compress.rewrite import finite, rewrite, targets
 from pennyweight.core.config import named
 from pennyweight.core.errors import ConfigError, PlanError
+from pennyweight.data.dataset import Dataset
 from pennyweight.model.bundle import Bundle
 from pennyweight.model.spec import Model, call
 from pennyweight.model.tables import Table, rows_of
@@ -49,9 +51,9 @@ class ShareRows(Transform):
     stage: ClassVar[Literal["structure"]] = "structure"
 
     parts: int = 4
-    """One-byte codes a row; a table with a smaller dim has one for each number."""
+    """Codes a row; a table with a smaller dim has one for each number."""
     codes: int = 256
-    """Centres a part, at most 256."""
+    """Centres a part, at most 256; 16 make codes of 4 bits, 4 of 2, 2 of 1."""
     iterations: int = 25
     """Rounds of k-means at most."""
     only: tuple[str, ...] = ()
@@ -73,13 +75,7 @@ class ShareRows(Transform):
         if not new:
             have = ", ".join(f"{p} ({t.layout}, {t.rows} x {t.dim})" for p, (_, t) in found.items()) or "none"
             raise PlanError(f"no table would get smaller by {self.codes} codes in {self.parts} parts; tables: {have}")
-        counts = lookups(bundle.model, env, new)
-        changes = {}
-        for path, (module, to) in new.items():
-            # A generator of its own, so that a table's codes do not depend on which others are shared.
-            codes, books = quantize(finite(path, rows_of(module)), to, counts[path].sqrt() + 0.1, self.iterations, env.seed)
-            changes[path] = (to, to.encode_codebook(codes, books))
-        return bundle.replace(model=rewrite(bundle.model, changes))
+        return bundle.replace(model=_shared(bundle.model, new, self.iterations, env))
 
     def sketch(self) -> ShareRows:
         """One step of k-means: codes and codebooks of the same size."""
@@ -98,13 +94,97 @@ class ShareRows(Transform):
         return new if new.bytes() < table.bytes() else None
 
 
+@named("code-tables")
+@dataclasses.dataclass(frozen=True)
+class CodeTables(Transform):
+    """Full fp32 tables to codes into a codebook a table has for each place of its rows, after training.
+
+    It is sharing as a data type. At ``width`` 1 a number becomes one of ``2**bits`` levels that its place in the row has,
+    where ``QuantizeTables`` gives each row a scale and a bias of its own: 4 bytes a row less, and levels where the numbers
+    are (k-means), for ranges that are not the row's. Wider codes are product quantization without the training that
+    ``ShareRows`` may be followed by. A table that would not get smaller, or with fewer than two rows for each code, stays.
+    """
+
+    family: ClassVar[Literal["compress"]] = "compress"
+    stage: ClassVar[Literal["data type"]] = "data type"
+
+    bits: Literal[2, 4, 8] = 4
+    """Of a code."""
+    width: int = 1
+    """Numbers of a row that one code stands for."""
+    data_type: Literal["fp16", "int8", "int4"] = "fp16"
+    """Of the codebooks."""
+    iterations: int = 25
+    """Rounds of k-means at most."""
+    only: tuple[str, ...] = ()
+    """Patterns of paths to code; all tables if empty."""
+    skip: tuple[str, ...] = ()
+    """Patterns of paths to leave alone."""
+
+    def __post_init__(self) -> None:
+        if self.bits not in (2, 4, 8) or self.width < 1 or self.iterations < 1:
+            raise ConfigError(
+                f"bits = {self.bits}, width = {self.width}, iterations = {self.iterations}: "
+                "bits are 2, 4 or 8, the others at least 1"
+            )
+
+    def change(self, bundle: Bundle, env: Env) -> Bundle:
+        """The bundle with its tables coded."""
+        found = targets(bundle.model.build(env.allow), Table.of, self.only, self.skip)
+        new = {p: (m, to) for p, (m, t) in found.items() if (to := self._coded(t)) is not None}
+        if not new:
+            have = ", ".join(f"{p} ({t.layout} {t.data_type}, {t.rows} x {t.dim})" for p, (_, t) in found.items()) or "none"
+            raise PlanError(f"no full fp32 table would get smaller by {self.bits}-bit codes of {self.width}; tables: {have}")
+        return bundle.replace(model=_shared(bundle.model, new, self.iterations, env))
+
+    def sketch(self) -> CodeTables:
+        """One step of k-means: codes and codebooks of the same size."""
+        return dataclasses.replace(self, iterations=1)
+
+    def describe(self) -> str:
+        """What it does."""
+        which = f" ({', '.join(self.only)})" if self.only else ""
+        numbers = "number" if self.width == 1 else f"{self.width} numbers"
+        return f"embedding tables{which} stored as a {self.bits}-bit code for each {numbers}"
+
+    def _coded(self, table: Table) -> Table | None:
+        if table.layout != "full" or table.data_type != "fp32" or table.rows < 2 ** (self.bits + 1):
+            return None
+        parts = -(-table.dim // self.width)
+        new = dataclasses.replace(table, layout="codebook", data_type=self.data_type, parts=parts, codes=2**self.bits)
+        return new if new.bytes() < table.bytes() else None
+
+
+def _shared(model: Model, new: Mapping[str, tuple[nn.Module, Table]], iterations: int, env: Env) -> Model:
+    """The model with these tables shared, each as the layer beside it says."""
+    counts = lookups(model, env, new)
+    changes = {}
+    for path, (module, to) in new.items():
+        # A generator of its own, so that a table's codes do not depend on which others are shared.
+        codes, books = quantize(finite(path, rows_of(module)), to, counts[path].sqrt() + 0.1, iterations, env.seed)
+        changes[path] = (to, to.encode_codebook(codes, books))
+    return rewrite(model, changes)
+
+
+_COUNTED: WeakKeyDictionary[Model, dict[tuple[str, int], tuple[Dataset | None, Tensor]]] = WeakKeyDictionary()
+"""Lookups by table and seed, with the rows they were counted in: who weighs several ways to share asks again for each."""
+
+
 def lookups(model: Model, env: Env, paths: Iterable[str]) -> dict[str, Tensor]:
     """How often the model looks up each row of the tables at ``paths``, float [rows], in a sample of the data at hand."""
+    data = env.train if env.train is not None else env.calib
+    known = _COUNTED.setdefault(model, {})
+    asked = {path: (path, env.seed) for path in paths}
+    missing = [path for path, key in asked.items() if key not in known or known[key][0] is not data]
+    known |= {asked[path]: (data, counts) for path, counts in _counted(model, env, data, missing).items()}
+    return {path: known[key][1] for path, key in asked.items()}
+
+
+def _counted(model: Model, env: Env, data: Dataset | None, paths: Sequence[str]) -> dict[str, Tensor]:
     module = model.build(env.allow)
     tables = {path: module.get_submodule(path) for path in paths}
     counts = {path: torch.zeros(int(table.num_embeddings)) for path, table in tables.items()}  # type: ignore[arg-type]
-    data = env.train if env.train is not None else env.calib
-    if data is None:
+    if data is None or not tables:
         return counts
     for path, table in tables.items():
         table.register_forward_pre_hook(_counter(counts[path]), with_kwargs=True)

@@ -165,13 +165,14 @@ class Halves(Lookup):
 
 
 class Codes(Lookup):
-    """Rows that are codes into codebooks ``books`` [parts, codes, width]."""
+    """Rows that are codes into codebooks ``books`` [parts, codes, width]; below 8 bits several of a row's codes are a byte."""
 
     codes: Tensor
     base: Tensor
 
-    def __init__(self, codes: Tensor, books: Weight, dim: int) -> None:
+    def __init__(self, codes: Tensor, books: Weight, dim: int, bits: int = 8) -> None:
         super().__init__(len(codes), dim)
+        self.bits = bits
         self.register_buffer("codes", codes)
         parts, count, _ = books.shape
         self.register_buffer("base", torch.arange(parts, dtype=torch.int32) * count)
@@ -183,7 +184,9 @@ class Codes(Lookup):
 
     def forward(self, input: Tensor) -> Tensor:
         """fp32 rows [..., dim] of ids of any shape."""
-        at = F.embedding(input, self.codes) + self.base
+        stored = F.embedding(input, self.codes)
+        codes = stored if self.bits == 8 else numbers(stored, self.bits)[..., : len(self.base)].to(torch.int32)
+        at = codes + self.base
         return F.embedding(at, self.books().flatten(0, 1)).flatten(-2)[..., : self.embedding_dim]
 
 

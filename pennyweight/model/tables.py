@@ -1,9 +1,12 @@
 """What an embedding table has become: layout and data type are two independent fields.
 
 *Layout* says which numbers there are: ``full`` (a row per id) or ``codebook`` (product quantization, Jegou et al. 2011:
-a row is ``parts`` one-byte codes, each naming one of ``codes`` vectors shared by all rows). *Data type* says how those
-numbers are written: the rows of a full table, or the codebooks of a shared one. Were they one field, quantizing after
-sharing would do nothing and say nothing.
+a row is ``parts`` codes, each naming one of ``codes`` vectors shared by all rows). *Data type* says how those numbers are
+written: the rows of a full table, or the codebooks of a shared one. Were they one field, quantizing after sharing would do
+nothing and say nothing.
+
+A code takes the fewest of 1, 2, 4 and 8 bits. With a part for each number, 16 codes are 4-bit rows on levels of the table's
+own, without the scale and bias that a row of int4 carries: 8 bytes at dim 16 where int4 takes 12.
 
 Full int8, int4 and int2 tables are FBGEMM's row-wise format, a scale and a bias behind each row, with Guan et al.'s
 greedy range search (2019, arXiv 1911.02079) below 8 bits, looked up by the operators inside PyTorch: as fast as fp32
@@ -51,7 +54,7 @@ class Table(Layer):
     layout: Literal["full", "codebook"] = "full"
     data_type: Literal["fp32", "fp16", "int8", "int4", "int2"] = "fp32"
     parts: int = 0
-    """Codebook only: one-byte codes a row."""
+    """Codebook only: codes a row."""
     codes: int = 0
     """Codebook only: vectors in each part's codebook, at most 256."""
     padding: int | None = None
@@ -76,6 +79,16 @@ class Table(Layer):
         """Numbers in one codebook vector: dim / parts, rounded up."""
         return -(-self.dim // self.parts)
 
+    @property
+    def code_bits(self) -> int:
+        """Bits of a stored code."""
+        return next(bits for bits in (1, 2, 4, 8) if self.codes <= 1 << bits)
+
+    @property
+    def code_bytes(self) -> int:
+        """Bytes of a row's codes."""
+        return -(-self.parts * self.code_bits // 8)
+
     def build(self) -> nn.Module:
         """The module of this layout and data type."""
         if self.layout == "codebook":
@@ -95,7 +108,7 @@ class Table(Layer):
             return self.rows * _row_bytes(self.dim, self.data_type)
         numbers, scales = self.parts * self.codes * self.width, 4 * self.parts * self.width
         books = {"fp32": 4 * numbers, "fp16": 2 * numbers, "int8": numbers + scales, "int4": -(-numbers // 2) + scales}
-        return self.rows * self.parts + books[self.data_type]
+        return self.rows * self.code_bytes + books[self.data_type]
 
     def flops(self) -> int:
         """Operations to look one id up: a multiply and an add a number where rows are dequantized, an add in a bag."""
@@ -112,14 +125,28 @@ class Table(Layer):
 
     def encode_codebook(self, codes: Tensor, codebooks: Tensor) -> dict[str, Tensor]:
         """A codebook table's state from uint8 codes [rows, parts] and fp32 codebooks [parts, codes, width]."""
+        return {"codes": self.pack_codes(codes), **self.encode_books(codebooks)}
+
+    def encode_books(self, codebooks: Tensor) -> dict[str, Tensor]:
+        """The part of that state that the codebooks are."""
         if self.data_type == "fp32":
-            return {"codes": codes, "codebooks": codebooks.clone()}
+            return {"codebooks": codebooks.clone()}
         if self.data_type == "fp16":
-            return {"codes": codes, "packed": codebooks.half()}
+            return {"packed": codebooks.half()}
         whole, scale = scaled(codebooks, BITS[self.data_type], (1,))
         if self.data_type == "int4":
-            return {"codes": codes, "packed": pack_bits(_even((whole + 8).to(torch.uint8).flatten()), 4), "scale": scale}
-        return {"codes": codes, "packed": whole, "scale": scale}
+            return {"packed": pack_bits(_even((whole + 8).to(torch.uint8).flatten()), 4), "scale": scale}
+        return {"packed": whole, "scale": scale}
+
+    def pack_codes(self, codes: Tensor) -> Tensor:
+        """Codes uint8 [..., parts] as they are stored, uint8 [..., code_bytes]; bytes stay as they are."""
+        if self.code_bits == 8:
+            return codes
+        return pack_bits(F.pad(codes, (0, self.code_bytes * 8 // self.code_bits - self.parts)), self.code_bits)
+
+    def unpack_codes(self, stored: Tensor) -> Tensor:
+        """The inverse of ``pack_codes``."""
+        return stored if self.code_bits == 8 else unpack_bits(stored, self.code_bits)[..., : self.parts]
 
     @classmethod
     def of(cls, module: nn.Module) -> Table | None:
@@ -285,7 +312,7 @@ class CodebookTable(Lookup):
     def __init__(self, layer: Table) -> None:
         super().__init__(layer)
         shape = (layer.parts, layer.codes, layer.width)
-        self.register_buffer("codes", torch.zeros(layer.rows, layer.parts, dtype=torch.uint8))
+        self.register_buffer("codes", torch.zeros(layer.rows, layer.code_bytes, dtype=torch.uint8))
         if layer.data_type == "fp32":
             self.codebooks = nn.Parameter(torch.zeros(shape))
             return
@@ -313,7 +340,7 @@ class CodebookTable(Lookup):
         layer = self.layer
         stored = self.codebooks.detach() if layer.data_type == "fp32" else self.packed
         books = compact.Weight(stored, (layer.parts, layer.codes, layer.width), getattr(self, "scale", None))
-        return compact.Codes(self.codes, books, layer.dim)
+        return compact.Codes(self.codes, books, layer.dim, layer.code_bits)
 
     def ready(self) -> Any:
         """As ever, but nothing is kept of codebooks in training: optimizers write into them unseen."""
@@ -331,14 +358,15 @@ class CodebookTable(Lookup):
 
     def look(self, ids: Tensor, form: tuple[Tensor, Tensor, Tensor]) -> Tensor:
         """fp32 rows [n, dim]."""
-        return _gather(ids, *form, self.layer.dim)
+        codes, base, books = form
+        return _joined(self.layer.unpack_codes(F.embedding(ids, codes)) + base, books, self.layer.dim)
 
     def plain(self) -> nn.Module:
         """Plain rows for a small table or one that joins bags; else two gathers and an add, so that it stays small."""
         if self.layer.rows * self.layer.dim <= SMALL or self.layer.bag is not None:
             return super().plain()
         codes, base, books = (part.detach() for part in self.form())
-        return Gather(codes, base, books, self.layer.dim).eval()
+        return Gather(self.layer.unpack_codes(codes), base, books, self.layer.dim).eval()
 
 
 class Gather(nn.Module):
@@ -352,12 +380,13 @@ class Gather(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         """fp32 rows [..., dim] of ids of any shape."""
-        return _gather(input, self.get_buffer("codes"), self.get_buffer("base"), self.get_buffer("books"), self.dim)
+        codes = F.embedding(input, self.get_buffer("codes"))
+        return _joined(codes + self.get_buffer("base"), self.get_buffer("books"), self.dim)
 
 
-def _gather(ids: Tensor, codes: Tensor, base: Tensor, books: Tensor, dim: int) -> Tensor:
-    """Rows [..., dim]: one lookup of each id's codes, one of all their vectors."""
-    rows = F.embedding(F.embedding(ids, codes) + base, books).flatten(-2)
+def _joined(at: Tensor, books: Tensor, dim: int) -> Tensor:
+    """Rows [..., dim] of the vectors at these places [..., parts] of all codebooks under one another."""
+    rows = F.embedding(at, books).flatten(-2)
     return rows if rows.shape[-1] == dim else rows[..., :dim]
 
 

@@ -1,18 +1,20 @@
 """Shared rows: the clustering itself, what weights do, and the tables that come of it."""
 
 import dataclasses
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
+from pennyweight.compress.distill import Distill
 from pennyweight.compress.quantize import QuantizeTables
-from pennyweight.compress.share import ShareRows, kmeans, lookups, nearest, quantize
+from pennyweight.compress.share import CodeTables, ShareRows, kmeans, lookups, nearest, quantize
 from pennyweight.core.errors import ConfigError, PlanError
 from pennyweight.model.bundle import Bundle, load, save
 from pennyweight.model.spec import Model, call
 from pennyweight.model.tables import Table, rows_of
-from pennyweight.model.transform import Env
+from pennyweight.model.transform import Env, plan
 
 
 def points(parts: int = 2, n: int = 500, width: int = 3) -> Tensor:
@@ -175,3 +177,23 @@ def test_broken_rows_are_named(given: Bundle, env: Env) -> None:
 def test_impossible_settings_are_refused(fields: dict[str, int]) -> None:
     with pytest.raises(ConfigError, match="at least 1 part"):
         ShareRows(**fields)
+
+
+@pytest.mark.parametrize(("parts", "beside", "worse"), [(16, "int4", 2.5), (8, "int2", 1.0)])
+def test_codes_of_four_bits_are_smaller_than_rows_with_a_scale(
+    parts: int, beside: str, worse: float, given: Bundle, env: Env, tmp_path: Path
+) -> None:
+    """A level a number is not much worse than int4, and a code for two numbers is better than int2."""
+    shared = ShareRows(parts, codes=16, only=("item",)).apply(given, env)
+    rowwise = QuantizeTables(beside, only=("item",)).apply(given, env)  # type: ignore[arg-type]
+    layers = [b.model.spec.layers["item"] for b in (shared, rowwise)]
+    assert shared.model.state["item.codes"].shape == (900, parts // 2)
+    assert layers[0].bytes() == 900 * parts // 2 + 16 * 16 * 4 < 0.8 * layers[1].bytes()
+    before = rows_of(given.model.build(env.allow).item)
+    counts = lookups(given.model, env, ["item"])["item"]
+    lost = [((rows_of(b.model.build(env.allow).item) - before).square().sum(1) * counts).sum() for b in (shared, rowwise)]
+    assert lost[0] < worse * lost[1]
+    back = load(save(shared, tmp_path / "b"))
+    torch.testing.assert_close(scores(back, env), scores(shared, env), atol=1e-6, rtol=1e-5)
+    smaller = QuantizeTables("int8", only=("item",)).apply(shared, env)
+    assert torch.equal(smaller.model.state["item.codes"], shared.model.state["item.codes"])

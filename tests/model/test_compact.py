@@ -30,6 +30,7 @@ def table(layer: Table) -> nn.Module:
 
 TABLES = [Table(ROWS, DIM, data_type=t, padding=0) for t in ("fp16", "int8", "int4", "int2")]  # type: ignore[arg-type]
 TABLES += [Table(ROWS, DIM, "codebook", t, 3, 9) for t in ("fp32", "fp16", "int8", "int4")]  # type: ignore[arg-type]
+TABLES += [Table(ROWS, DIM, "codebook", "fp32", DIM, c) for c in (2, 4, 16)] + [Table(ROWS, DIM, "codebook", "int4", 3, 200)]
 TABLES += [Table(ROWS, DIM, data_type="int4", padding=p, bag=b) for p in (None, 0) for b in ("sum", "mean", "max")]  # type: ignore[arg-type]
 
 

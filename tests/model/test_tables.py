@@ -30,11 +30,11 @@ def full(data_type: str, dim: int = 16, **fields: object) -> tuple[Table, nn.Mod
     return layer, loaded(layer, layer.encode(rows(dim)))
 
 
-def codebook(data_type: str, dim: int = 16, parts: int = 4, **fields: object) -> tuple[Table, nn.Module]:
-    layer = Table(ROWS, dim, "codebook", data_type, parts, 16, **fields)
+def codebook(data_type: str, dim: int = 16, parts: int = 4, count: int = 200, **fields: object) -> tuple[Table, nn.Module]:
+    layer = Table(ROWS, dim, "codebook", data_type, parts, count, **fields)
     g = torch.Generator().manual_seed(1)
-    codes = torch.randint(0, 16, (ROWS, parts), generator=g, dtype=torch.uint8)
-    books = torch.randn(parts, 16, layer.width, generator=g)
+    codes = torch.randint(0, count, (ROWS, parts), generator=g, dtype=torch.uint8)
+    books = torch.randn(parts, count, layer.width, generator=g)
     if layer.padding is not None:
         codes[layer.padding], books[:, 0] = 0, 0
     return layer, loaded(layer, layer.encode_codebook(codes, books))
@@ -56,6 +56,11 @@ every = [
     *(
         pytest.param(lambda t=t, d=d, **f: codebook(t, d, **f), id=f"codebook-{t}-{d}")
         for t in list(ERROR)[:-1]
+        for d in (16, 7)
+    ),
+    *(
+        pytest.param(lambda t=t, d=d, c=c, **f: codebook(t, d, d, c, **f), id=f"codebook-{c}-{t}-{d}")
+        for c, t in ((16, "fp32"), (5, "int8"), (4, "fp32"), (3, "int4"), (2, "fp16"))
         for d in (16, 7)
     ),
 ]
@@ -86,6 +91,17 @@ def test_bytes_are_the_bytes_of_its_state(made) -> None:
     layer, module = made()
     assert layer.bytes() == sum(t.numel() * t.element_size() for t in module.state_dict().values())
     assert loads(Layer, dumps(layer)) == layer == Table.of(module)
+
+
+@pytest.mark.parametrize(("codes", "bits"), [(2, 1), (3, 2), (4, 2), (5, 4), (16, 4), (17, 8), (256, 8)])
+@pytest.mark.parametrize("parts", [1, 3, 8])
+def test_codes_take_the_bits_they_need(codes: int, bits: int, parts: int) -> None:
+    layer = Table(ROWS, 8, "codebook", parts=parts, codes=codes)
+    given = torch.randint(0, codes, (ROWS, parts), generator=torch.Generator().manual_seed(1)).to(torch.uint8)
+    stored = layer.pack_codes(given)
+    assert layer.code_bits == bits and stored.shape == (ROWS, -(-parts * bits // 8))
+    assert torch.equal(layer.unpack_codes(stored), given)
+    assert (bits == 8) == (stored is given)
 
 
 @pytest.mark.parametrize(("data_type", "dim"), list(itertools.product(ERROR, (16, 7, 1))))
