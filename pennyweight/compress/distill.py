@@ -15,6 +15,7 @@ from typing import ClassVar, Literal, cast
 
 from torch import nn
 
+from pennyweight.compress.rewrite import chosen, there
 from pennyweight.core.config import named
 from pennyweight.core.errors import ConfigError, PlanError
 from pennyweight.data.dataset import Dataset
@@ -52,6 +53,8 @@ class Distill(Transform):
     """Factor on the recipe's decays and the model's dropout: answers without end leave less to overfit."""
     schedule: Literal["plateau", "cosine"] = "plateau"
     """``cosine`` for a recovery of few epochs; ``plateau`` is the recipe's own decay."""
+    skip: tuple[str, ...] = ()
+    """Patterns of paths of layers that stay as they are."""
 
     def __post_init__(self) -> None:
         if self.dealt < 0 or self.regularize < 0:
@@ -81,9 +84,12 @@ class Distill(Transform):
         recipe = self.recipe(cast(Recipe, env.need("recipe", self)))
         built = [m.build(env.allow) for m in teachers]
         teacher = Ensemble(built, recipe.loss, spec.inputs) if recipe.loss in ROWS else Retrievers(built)
-        for layer in module.modules():
+        there(module, self.skip)
+        for path, layer in module.named_modules():
             if isinstance(layer, nn.Dropout):
                 layer.p *= self.regularize
+            if not chosen(path, (), self.skip):
+                _freeze(layer)
         try:
             done = fit(
                 module,
@@ -126,3 +132,9 @@ class Distill(Transform):
         """What it does."""
         extra = ", asked about unrated pairs too" if self.dealt else ""
         return f"up to {self.epochs} epochs of distillation from the teachers{extra}"
+
+
+def _freeze(layer: nn.Module) -> None:
+    """Keep a layer as it is while the module around it trains; a norm's statistics too."""
+    layer.requires_grad_(False).eval()
+    layer.train = lambda mode=True: layer  # type: ignore[method-assign]

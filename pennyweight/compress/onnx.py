@@ -107,11 +107,12 @@ class QuantizeOnnx(Transform):
 
     def _quantized(self, proto: Any, feeds: Sequence[Feed]) -> Any:
         """The graph with the chosen nodes quantized."""
+        every = [n.name for n in proto.graph.node]
         if self.data_type != "fp16":
             proto = _tidied(proto, opset=21 if self.data_type == "int4" else 13, split=self.data_type in ("int8", "int4"))
         found = _weighty(proto.graph, self.data_type)
         for pattern in (*self.only, *self.skip):
-            if not fnmatch.filter(found, pattern):
+            if not fnmatch.filter([*found, *every] if pattern in self.skip else found, pattern):
                 raise PlanError(f"no node with weights matches {pattern!r}; there are: {', '.join(found) or 'none'}")
         nodes = [name for name in found if chosen(name, self.only, self.skip)]
         if not nodes:
@@ -166,6 +167,11 @@ def types(model: Model, calib: bool) -> list[tuple[QuantizeOnnx, ...]]:
     plans += [(QuantizeOnnx("int4"),)] if packed else []
     plans += [(QuantizeOnnx("int4"), QuantizeOnnx("int8"))] if packed and rest else []
     return plans if held else []
+
+
+def nodes(model: Model) -> list[str]:
+    """Names of the nodes of an ONNX model that hold weights; none of another model."""
+    return [*_weighty(cast(Onnx, model.build()).proto().graph, "fp16")] if model.spec.factory == FACTORY else []
 
 
 class _Reader:

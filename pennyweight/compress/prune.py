@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from pennyweight.compress.couple import POINTWISE_LAYERS, Group, Member, groups, runs
 from pennyweight.compress.observe import ROWS, batches, calibration, observe
-from pennyweight.compress.rewrite import Change, chosen, finite, rewrite, sequences
+from pennyweight.compress.rewrite import Change, chosen, finite, rewrite, sequences, there
 from pennyweight.core.config import named
 from pennyweight.core.errors import ConfigError, PlanError
 from pennyweight.data.dataset import Dataset
@@ -166,7 +166,7 @@ class PruneNeurons(Transform):
     only: tuple[str, ...] = ()
     """Patterns of paths of layers whose neurons may go; all if empty."""
     skip: tuple[str, ...] = ()
-    """Patterns of paths of layers to leave alone."""
+    """Patterns of paths of layers to leave alone, those that read what is cut among them."""
 
     def __post_init__(self) -> None:
         if not 0 < self.keep <= 1 or self.multiple < 1 or any(w < 1 for w in self.widths):
@@ -179,6 +179,7 @@ class PruneNeurons(Transform):
         """The bundle with its hidden layers cut."""
         module, inputs = bundle.model.build(env.allow), bundle.model.spec.inputs
         rows = None if self.score == "weight" else calibration(bundle, env, self)
+        there(module, self.skip)
         found = [g for g in hidden(module, inputs, env.calib or env.train) if self._chosen(g)]
         if not found:
             raise PlanError(
@@ -212,9 +213,9 @@ class PruneNeurons(Transform):
         return f"hidden layers cut to {self.keep:.0%} of their neurons"
 
     def _chosen(self, group: Group) -> bool:
-        """Whether one of its layers is among ``only``, and none among ``skip``."""
+        """Whether one of the layers that give its outputs is among ``only``, and none that would change among ``skip``."""
         writers = [m.path for m in group.writers]
-        return any(chosen(p, self.only, ()) for p in writers) and all(chosen(p, (), self.skip) for p in writers)
+        return any(chosen(p, self.only, ()) for p in writers) and all(chosen(p, (), self.skip) for p in group.paths)
 
     def _widths(self, found: Sequence[Group]) -> Sequence[int]:
         if not self.widths:
@@ -398,10 +399,14 @@ class FoldNorms(Transform):
     family: ClassVar[Literal["compress"]] = "compress"
     stage: ClassVar[Literal["data type"]] = "data type"
 
+    skip: tuple[str, ...] = ()
+    """Patterns of paths of norms, and of layers beside them, to leave alone."""
+
     def change(self, bundle: Bundle, env: Env) -> Bundle:
         """The bundle without those norms."""
         module = bundle.model.build(env.allow)
-        touched = [path for run in neighbours(module, bundle.model.spec.inputs) for path in _fold(module, run)]
+        there(module, self.skip)
+        touched = [path for run in neighbours(module, bundle.model.spec.inputs) for path in _fold(module, run, self.skip)]
         if not touched:
             raise PlanError("no batch norm stands alone beside a dense layer or convolution of fp32; fold before quantizing")
         return bundle.replace(model=rewrite(bundle.model, dict(_changes(module, touched))))
@@ -417,11 +422,10 @@ def neighbours(module: nn.Module, inputs: Sequence[str]) -> Iterator[list[tuple[
     return sequences(module) if traced is None else traced
 
 
-def foldable(module: nn.Module, inputs: Sequence[str]) -> bool:
+def foldable(module: nn.Module, inputs: Sequence[str], skip: Sequence[str] = ()) -> bool:
     """Whether ``FoldNorms`` would find anything."""
-    return any(
-        _home(module, paths, at) for run in neighbours(module, inputs) for paths in [_kept(run)] for at in range(len(paths))
-    )
+    every = (_kept(run) for run in neighbours(module, inputs))
+    return any(_home(module, paths, at, skip) for paths in every for at in range(len(paths)))
 
 
 def _kept(run: Sequence[tuple[str, nn.Module]]) -> list[str]:
@@ -429,11 +433,11 @@ def _kept(run: Sequence[tuple[str, nn.Module]]) -> list[str]:
     return [path for path, layer in run if type(layer) not in (nn.Dropout, Dropout, nn.Identity)]
 
 
-def _fold(module: nn.Module, run: Sequence[tuple[str, nn.Module]]) -> Iterator[str]:
+def _fold(module: nn.Module, run: Sequence[tuple[str, nn.Module]], skip: Sequence[str] = ()) -> Iterator[str]:
     """Fold the batch norms of a run in place, and name what changed."""
     paths = _kept(run)
     for at, path in enumerate(paths):
-        home = _home(module, paths, at)
+        home = _home(module, paths, at, skip)
         if not home:
             continue
         norm = cast(nn.BatchNorm1d, module.get_submodule(path))
@@ -442,12 +446,13 @@ def _fold(module: nn.Module, run: Sequence[tuple[str, nn.Module]]) -> Iterator[s
         yield from (path, home)
 
 
-def _home(module: nn.Module, paths: Sequence[str], at: int) -> str:
+def _home(module: nn.Module, paths: Sequence[str], at: int, skip: Sequence[str] = ()) -> str:
     """Which neighbour the layer at a place of a run can be folded into, if it is a batch norm."""
     norm = Norm.of(module.get_submodule(paths[at]))
-    if norm is None or norm.kind != "batch":
+    if norm is None or norm.kind != "batch" or not chosen(paths[at], (), skip):
         return ""
-    before, after = paths[at - 1] if at else "", paths[at + 1] if at + 1 < len(paths) else ""
+    near = paths[at - 1] if at else "", paths[at + 1] if at + 1 < len(paths) else ""
+    before, after = (path if chosen(path, (), skip) else "" for path in near)
     if before and _takes(module.get_submodule(before), norm, before=True):
         return before
     return after if after and _takes(module.get_submodule(after), norm, before=False) else ""

@@ -1,7 +1,8 @@
 """Find layers by path and put others in their place: the two steps that every compression of a layer shares.
 
 Layers are found by what they are, not by what they are called, so a user's module is treated as ours; one of an unknown
-kind is left alone. A pattern that matches nothing is refused, because it is a typing error.
+kind is left alone. A pattern that matches nothing is refused, because it is a typing error; one that is to be left alone may
+name a layer of any kind, so that one list of them serves every transform.
 """
 
 from __future__ import annotations
@@ -31,13 +32,26 @@ def targets(
     """Layers of one kind by path: those that a pattern of ``only`` matches (all, if there is none) and none of ``skip``.
 
     Raises:
-        PlanError: a pattern matches no layer of this kind.
+        PlanError: a pattern of ``only`` matches no layer of this kind, or one of ``skip`` no layer at all.
     """
     every = {path: (child, layer) for path, child in leaves(module) if (layer := of(child)) is not None}
-    for pattern in (*only, *skip):
+    for pattern in only:
         if not fnmatch.filter(every, pattern):
             raise PlanError(f"no layer matches {pattern!r}; there are: {', '.join(every) or 'none of this kind'}")
+    there(module, skip)
     return {path: found for path, found in every.items() if chosen(path, only, skip)}
+
+
+def there(module: nn.Module, patterns: Sequence[str]) -> None:
+    """Refuse patterns that match nothing.
+
+    Raises:
+        PlanError: one matches no layer of any kind.
+    """
+    names = [path for path, _ in module.named_modules() if path] if patterns else []
+    for pattern in patterns:
+        if not fnmatch.filter(names, pattern):
+            raise PlanError(f"no layer matches {pattern!r}; there are: {', '.join(path for path, _ in leaves(module))}")
 
 
 @dataclasses.dataclass(frozen=True)

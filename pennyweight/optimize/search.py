@@ -52,7 +52,7 @@ from pennyweight.model.transform import Env, Plan, Transform, plan
 from pennyweight.optimize import prove
 from pennyweight.optimize.cost import Objective, calibrate, described, money, objective, predict, sketch
 from pennyweight.optimize.evaluate import Bench, cost, memory, outcomes, parts, race
-from pennyweight.optimize.space import Levels, Structure, recoveries, stronger, structures, types
+from pennyweight.optimize.space import Levels, Structure, forbidden, recoveries, spared, stronger, structures, types
 from pennyweight.optimize.trial import Cost, Epoch, Price, Quality, Result, Trial
 
 Watch = Callable[["Step"], None]
@@ -97,6 +97,8 @@ class Options:
     """Seconds each trial is timed; the final comparison takes five times that."""
     force: bool = False
     """Search even where the model is within the budget already."""
+    skip: tuple[str, ...] = ()
+    """Patterns of paths of layers that nothing may touch."""
     engines: tuple[Engine, ...] = ("eager", "onnxruntime")
     objective: Objective = "cost"
     """What is made small within the budget."""
@@ -172,11 +174,20 @@ class Search:
 
     # -- set-up ------------------------------------------------------------------------------------------------------
 
+    @functools.cached_property
+    def forbidden(self) -> tuple[str, ...]:
+        """Patterns of layers that no transform may touch.
+
+        Raises:
+            ConfigError: one names no layer.
+        """
+        return forbidden(self.bundle, self.options.skip, self.env.allow)
+
     def measure_baseline(self) -> None:
         """Cost, parts and scores of the model as given, timed at its own best number of threads."""
         valid = self.env.valid
         assert valid is not None
-        o = self.options
+        o, _ = self.options, self.forbidden  # a slip in a name is said before any work
         self.say("baseline", "timing the model as given")
         self.bench = Bench.of(self.test, o.candidates, self.env.requests, seed=self.env.seed)
         self.bench = dataclasses.replace(self.bench, seconds=o.timing_s)
@@ -264,7 +275,7 @@ class Search:
 
     def recovered(self, structure: Structure) -> Structure:
         """The structure with its training, or alone where training found nothing better than what compression left."""
-        ways = recoveries(structure, self.env, self.options.epochs)
+        ways = recoveries(structure, self.env, self.options.epochs, self.forbidden)
         if not ways:
             return structure
         if self.way is None:
@@ -378,7 +389,8 @@ class Search:
             self.budget.describe(),
             str(self.env.seed),
         ]
-        return hashlib.sha256("|".join([*given, self.options.metric, str(self.options.epochs)]).encode()).hexdigest()
+        asked = [self.options.metric, str(self.options.epochs), *self.options.skip]
+        return hashlib.sha256("|".join([*given, *asked]).encode()).hexdigest()
 
     def recall_record(self) -> None:
         """Take the trials of an earlier search of the same thing from disk.
@@ -402,9 +414,9 @@ class Search:
     def explore(self) -> None:
         """Free plans, then structures with recovery, milder or stronger as validation says."""
         layers = described(self.bundle, self.env.allow)
-        norms = foldable(self.bundle.model.build(self.env.allow), self.bundle.model.spec.inputs)
+        norms = foldable(self.bundle.model.build(self.env.allow), self.bundle.model.spec.inputs, self.forbidden)
         self.say("predict", "sketching the structures there are")
-        rungs = self._rungs(structures(self.bundle, layers, self.env), norms)
+        rungs = self._rungs(structures(self.bundle, layers, self.env, self.forbidden), norms)
         free = [r for r in rungs if not r.structure]
         for rung in free:
             self._attempt_types(rung, ())
@@ -438,7 +450,10 @@ class Search:
     def _types(self, drawn: Bundle, norms: bool) -> Sequence[Structure]:
         """Data types to try: an ONNX graph's own, or those of its layers."""
         rows = self.env.calib is not None or self.env.train is not None
-        return graph_types(drawn.model, self.env.calib is not None) or types(described(drawn, self.env.allow), norms, rows)
+        graph = graph_types(drawn.model, self.env.calib is not None)
+        if graph:
+            return [spared(suffix, self.forbidden) for suffix in graph]
+        return types(described(drawn, self.env.allow), norms, rows, self.forbidden)
 
     def _promising(self, guess: Cost) -> bool:
         """Whether a prediction leaves hope: bytes are exact, milliseconds may be a third off."""

@@ -10,19 +10,24 @@ A new technique is one more entry here.
 
 from __future__ import annotations
 
+import dataclasses
 import fnmatch
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import product
+from typing import Any
 
 from pennyweight.compress.distill import Distill
 from pennyweight.compress.factor import FactorDense, stiff
+from pennyweight.compress.onnx import nodes
 from pennyweight.compress.prune import FoldNorms, PruneNeurons, hidden
 from pennyweight.compress.quantize import QuantizeDense, QuantizeTables
+from pennyweight.compress.rewrite import chosen
 from pennyweight.compress.share import ShareRows
+from pennyweight.core.errors import ConfigError
 from pennyweight.model.bundle import Bundle
 from pennyweight.model.conv import Conv
 from pennyweight.model.dense import Dense
-from pennyweight.model.spec import Layer
+from pennyweight.model.spec import Layer, leaves
 from pennyweight.model.tables import Table
 from pennyweight.model.transform import Env, Transform
 
@@ -40,13 +45,14 @@ WIDTHS = (2, 4, 8)
 """Numbers of a row that share one code: 8x, 16x and 32x smaller than fp32, codebooks aside."""
 
 
-def structures(bundle: Bundle, layers: Mapping[str, Layer], env: Env) -> dict[Levels, Structure]:
-    """Structures worth a try by their levels (neurons, rows); (0, 0) is the model as given."""
+def structures(bundle: Bundle, layers: Mapping[str, Layer], env: Env, skip: Sequence[str] = ()) -> dict[Levels, Structure]:
+    """Structures worth a try by their levels (neurons, rows), layers of ``skip`` left alone; (0, 0) is the model as given."""
     prunes: list[Structure] = [()]
     module, given = bundle.model.build(env.allow), (bundle.model.spec.inputs, env.calib or env.train)
+    layers = {path: layer for path, layer in layers.items() if chosen(path, (), skip)}
     # A factored layer has two matrices: half the rank leaves about the share of weights that pruning its width would.
-    factor = stiff(module, *given)
-    if hidden(module, *given):
+    factor = [path for path in stiff(module, *given) if path in layers]
+    if any(all(chosen(path, (), skip) for path in group.paths) for group in hidden(module, *given)):
         prunes += [(PruneNeurons(keep=keep), *([FactorDense(keep / 2)] if factor else [])) for keep in KEEP]
     dims = [layer.dim for layer in layers.values() if isinstance(layer, Table) and layer.layout == "full" and layer.rows > 512]
     shares: list[Structure] = [()]
@@ -54,7 +60,8 @@ def structures(bundle: Bundle, layers: Mapping[str, Layer], env: Env) -> dict[Le
     if dims:
         usual = max(set(dims), key=dims.count)
         shares += [(ShareRows(parts=-(-usual // width), skip=apart),) for width in WIDTHS if usual > width]
-    return {(i, k): (*prune, *share) for (i, prune), (k, share) in product(enumerate(prunes), enumerate(shares))}
+    every = product(enumerate(prunes), enumerate(shares))
+    return {(i, k): spared((*prune, *share), skip) for (i, prune), (k, share) in every}
 
 
 def staged(layers: Mapping[str, Layer]) -> bool:
@@ -62,12 +69,46 @@ def staged(layers: Mapping[str, Layer]) -> bool:
     return any(fnmatch.fnmatchcase(path, pattern) for path in layers for pattern in RETRIEVAL)
 
 
+def forbidden(bundle: Bundle, patterns: Sequence[str], allow: Sequence[str]) -> tuple[str, ...]:
+    """Patterns of layers that nothing may touch, as transforms take them: one that names a block becomes all that is in it.
+
+    Raises:
+        ConfigError: a pattern names no layer; the message lists those there are.
+    """
+    if not patterns:
+        return ()
+    module, graph = bundle.model.build(allow), nodes(bundle.model)
+    every = graph or [path for path, _ in module.named_modules() if path]
+    blocks = set() if graph else {path.rpartition(".")[0] for path in every}
+    found = []
+    for pattern in patterns:
+        named = fnmatch.filter(every, pattern)
+        if not named:
+            have = ", ".join(graph or [path for path, _ in leaves(module)])
+            raise ConfigError(f"no layer matches {pattern!r}, which was to be left alone; there are: {have}")
+        found += [pattern, *(f"{pattern}.*" for _ in [0] if blocks & set(named))]
+    return tuple(found)
+
+
+def spared(structure: Structure, skip: Sequence[str]) -> Structure:
+    """The structure with these layers left alone by every transform in it."""
+    return tuple(_spared(t, skip) for t in structure)
+
+
+def _spared(transform: Transform, skip: Sequence[str]) -> Transform:
+    inner = {f.name: getattr(transform, f.name) for f in dataclasses.fields(transform)}  # type: ignore[arg-type]
+    changed: dict[str, Any] = {n: _spared(v, skip) for n, v in inner.items() if isinstance(v, Transform)}
+    if "skip" in inner:
+        changed["skip"] = tuple(dict.fromkeys((*inner["skip"], *skip)))
+    return dataclasses.replace(transform, **changed)  # type: ignore[type-var]
+
+
 def stronger(a: Levels, b: Levels) -> bool:
     """Whether ``a`` is at least as strong as ``b`` on every axis."""
     return all(x >= y for x, y in zip(a, b, strict=True))
 
 
-def recoveries(structure: Structure, env: Env, epochs: int) -> list[Structure]:
+def recoveries(structure: Structure, env: Env, epochs: int, skip: Sequence[str] = ()) -> list[Structure]:
     """Ways to train what a structure left, the cheapest first; none without teachers, their recipe and rows to train on.
 
     One carries the user's whole recipe and learns from labels and teachers alike. Another learns most from the teachers, also
@@ -86,17 +127,19 @@ def recoveries(structure: Structure, env: Env, epochs: int) -> list[Structure]:
         return []
     lr = env.recipe.lr * (1 if env.recipe.schedule == "cosine" else 2)
     pairs = bool(env.train.schema.role("item") and env.train.schema.role("user"))
-    return [
+    ways: list[Structure] = [
         (Distill(epochs, lr=lr, schedule="cosine"),),
         (Distill(epochs, alpha=0.9, lr=lr, dealt=1.0 * pairs, regularize=0.1, schedule="cosine"),),
     ]
+    return [spared(way, skip) for way in ways]
 
 
-def types(layers: Mapping[str, Layer], norms: bool, rows: bool = True) -> list[Structure]:
+def types(layers: Mapping[str, Layer], norms: bool, rows: bool = True, skip: Sequence[str] = ()) -> list[Structure]:
     """Data types to try on a structure, mild first; retrieval's tables keep 8 bits, where its recall costs nothing.
 
-    With ``rows`` to calibrate on, dense layers below 8 bits are rounded with feedback.
+    With ``rows`` to calibrate on, dense layers below 8 bits are rounded with feedback. Layers of ``skip`` are left alone.
     """
+    layers = {path: layer for path, layer in layers.items() if chosen(path, (), skip)}
     held = {path: layer for path, layer in layers.items() if isinstance(layer, Table)}
     shared = any(layer.layout == "codebook" for layer in held.values())
     wide: Structure = (QuantizeTables("int8", only=RETRIEVAL),) if staged(held) else ()
@@ -113,4 +156,5 @@ def types(layers: Mapping[str, Layer], norms: bool, rows: bool = True) -> list[S
         *([(strong, (QuantizeDense("int3", feedback=True),))] if rows else []),
     ]
     # Without tables, or without dense layers, some are the same.
-    return list(dict.fromkeys((*fold, *(stored[t] if held else ()), *(d if dense else ())) for t, d in choices))
+    made = dict.fromkeys((*fold, *(stored[t] if held else ()), *(d if dense else ())) for t, d in choices)
+    return [spared(suffix, skip) for suffix in made if suffix]

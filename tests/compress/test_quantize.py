@@ -6,6 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from pennyweight.compress.distill import Distill
+from pennyweight.compress.prune import FoldNorms, PruneNeurons
 from pennyweight.compress.quantize import QuantizeDense, QuantizeTables
 from pennyweight.compress.rewrite import Untouched, untouched
 from pennyweight.compress.share import ShareRows
@@ -14,7 +16,7 @@ from pennyweight.model.bundle import Bundle, load, save
 from pennyweight.model.dense import Dense
 from pennyweight.model.spec import Model, call
 from pennyweight.model.tables import Table, rows_of
-from pennyweight.model.transform import Env
+from pennyweight.model.transform import Env, plan
 
 
 def scores(bundle: Bundle, env: Env) -> Tensor:
@@ -102,7 +104,26 @@ def test_patterns_choose_and_a_pattern_for_nothing_is_a_slip(given: Bundle, env:
     with pytest.raises(PlanError, match="no layer matches 'itme'; there are: user, item, bias, tags"):
         QuantizeTables(only=("itme",)).apply(given, env)
     with pytest.raises(PlanError, match="no layer matches 'user'"):
-        QuantizeDense(skip=("user",)).apply(given, env)
+        QuantizeDense(only=("user",)).apply(given, env)
+
+
+def test_what_is_to_be_left_alone_may_be_of_any_kind_but_must_be_there(given: Bundle, env: Env) -> None:
+    """One list of layers nobody may touch serves every transform."""
+    skip = ("user", "out", "net.1")
+    assert set(kinds(QuantizeDense(skip=skip).apply(given, env))) == {"net.0", "net.4", "net.7"}
+    assert set(kinds(QuantizeTables(skip=skip).apply(given, env))) == {"item", "bias", "tags"}
+    for transform in (QuantizeDense, QuantizeTables, PruneNeurons, FoldNorms, Distill):
+        with pytest.raises(PlanError, match=r"no layer matches 'usre'; there are: user, item, bias, tags, mix, net\.0"):
+            transform(skip=("usre",)).apply(given, env)
+
+
+@pytest.mark.parametrize("skip", ["user", "net.0", "net.1", "net.4", "out"])
+def test_a_layer_left_alone_keeps_every_number(skip: str, given: Bundle, env: Env) -> None:
+    """Whatever is done around it: neurons cut, norms folded, rows shared, weights trained and rounded."""
+    steps = (PruneNeurons(0.5), ShareRows(parts=4, codes=64), Distill(1), FoldNorms(), QuantizeTables(), QuantizeDense("int4"))
+    made = plan([dataclasses.replace(step, skip=(skip,)) for step in steps]).apply(given, env)
+    assert made.bytes < given.bytes / 2 and skip not in made.model.spec.layers
+    assert all(torch.equal(made.model.state[n], t) for n, t in given.model.state.items() if n.startswith(f"{skip}."))
 
 
 @pytest.mark.parametrize(
