@@ -39,6 +39,7 @@ from pennyweight.model.spec import Model, call
 from pennyweight.model.train import Fit, Recipe
 from pennyweight.model.transform import Env
 from pennyweight.optimize import search
+from pennyweight.optimize.cost import Objective
 from pennyweight.optimize.search import Options, Outcome, Step
 from pennyweight.progress import watching
 
@@ -85,6 +86,8 @@ def optimize(
     out: str | os.PathLike[str] | None = None,
     resume: bool = False,
     force: bool = False,
+    skip: Sequence[str] = (),
+    objective: Objective = "cost",
     allow: Sequence[str] = (),
     watch: Callable[[Step], None] | None = None,
 ) -> Outcome:
@@ -115,18 +118,23 @@ def optimize(
         out: a folder for the best bundle, the record, the summary and the report.
         resume: take finished trials from ``out``.
         force: search even if the model is within the budget already.
+        skip: patterns of paths of layers that nothing may touch.
+        objective: what is made small within the budget: a request's ``"cost"``, or ``"bytes"`` alone.
         allow: import paths of factories that may be loaded.
         watch: hears every step; progress is shown on standard error if None.
 
     Raises:
         DeviceError: this machine or installation lacks what was asked for; said before any work.
         ConfigError: the model's structure cannot be read, or task, metric and labels do not fit each other.
-        DataError: the data cannot be read, or a label is outside the classes.
+        DataError: the data cannot be read, is of another schema than the bundle, or a label is outside the classes.
         NotWorthIt, Infeasible: see ``pennyweight.optimize.search.optimize``.
     """
     topology = placeable(nodes, gpus)
     limit = parse(budget) if isinstance(budget, str) else budget
     rows_, held = _read(data), None if test is None else _read(test)
+    name = _name(model)
+    model = load(model) if isinstance(model, (str, os.PathLike)) and (Path(model) / "manifest.json").is_file() else model
+    _fits(model, rows_)
     taken, rows_, held = _taken(_opened(model), rows_, held, tuple(inputs), tuple(allow))
     task, parts = _parted(taken, rows_, held, task, seed, tuple(allow))
     metric = _metric(limit, task, metric)
@@ -142,7 +150,9 @@ def optimize(
         tries=tries,
         teachers=teachers if given else 0,
         force=force,
-        model=_name(model),
+        skip=tuple(skip),
+        objective=objective,
+        model=name,
         data=f"{task}; {' / '.join(f'{len(p):,}' for p in parts)} rows to train, choose, prove",
         epochs_before=() if trained is None else history("baseline", trained),
     )
@@ -169,6 +179,18 @@ def placeable(nodes: int, gpus: int) -> Topology:
             f"{gpus} GPUs were asked for and {seen}; use gpus={len(there.gpus)}, or install a CUDA build of PyTorch"
         )
     return Topology((there.cpu, *there.gpus[:gpus]))
+
+
+def _fits(model: Any, data: Rows) -> None:
+    """Refuse rows that a bundle would misread.
+
+    Raises:
+        DataError: they are of another schema than its catalog.
+    """
+    train = data.train if isinstance(data, Split) else data
+    if isinstance(model, Bundle) and model.catalog is not None and isinstance(train, Dataset):
+        if why := model.catalog.differs(train.catalog):
+            raise DataError(f"the rows are of another schema than the model: {why}; give rows ingested as its own were")
 
 
 def _searched(
@@ -200,8 +222,6 @@ def _opened(model: Any) -> Any:
         return onnx.read(path)
     if (path / "saved_model.pb").is_file():
         return onnx.saved_model(path)
-    if (path / "manifest.json").is_file():
-        return load(path).model
     raise ConfigError(f"{path} is no model that is known: a .keras or .onnx file, a folder with saved_model.pb, or a bundle")
 
 

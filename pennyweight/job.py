@@ -155,11 +155,20 @@ def open_run(folder: Path) -> tuple[Run, Bundle, Dataset, Split]:
     return run, load(folder / "bundle"), data, data.split(run.split, run.fractions, run.seed)
 
 
+def located(folder: Path) -> tuple[Path | None, Path]:
+    """The run that a folder is, or that it lies in as a bundle, and the bundle; None for a bundle without a run."""
+    if (folder / "run.json").is_file() or not (folder / "manifest.json").is_file():
+        return folder, folder / "bundle"
+    run = folder.absolute().parent
+    return (run if (run / "run.json").is_file() else None), folder
+
+
 def improve(
     folder: Path,
     budget: Budget,
     options: Options,
     *,
+    bundle: Path | None = None,
     out: Path | None = None,
     resume: bool = False,
     allow: tuple[str, ...] = (),
@@ -167,24 +176,29 @@ def improve(
 ) -> Outcome:
     """Optimize a run's bundle under a budget; the record, the report and the best bundle go to ``out`` (the run itself).
 
+    ``bundle`` is another of the run's bundles to start from. It is judged by the metric that the budget names, or else by
+    the run's own.
+
     Raises:
         DataError: ``folder`` is no run.
         NotWorthIt, Infeasible: see ``optimize``.
     """
     target = out or folder
-    run, bundle, _, parts = open_run(folder)
+    run, given, _, parts = open_run(folder)
+    given = given if bundle is None else load(bundle)
+    named = [m for m in (*budget.margins, *budget.relative) if m != "quality"]
     env = Env(train=parts.train, valid=parts.valid, calib=parts.train, recipe=run.recipe, seed=run.seed, allow=allow)
     rows = f"{len(parts.train):,} / {len(parts.valid):,} / {len(parts.test):,} rows, split by {run.split}"
     options = dataclasses.replace(
         options,
         model=run.name,
-        metric=run.recipe.metric,
+        metric=run.recipe.metric if run.recipe.metric in named or not named else named[0],
         data=f"{run.data} {rows}".strip(),
         references=run.references,
         epochs_before=run.epochs,
     )
     try:
-        outcome = optimize(bundle, env, budget, parts.test, options, out=target, resume=resume, watch=watch)
+        outcome = optimize(given, env, budget, parts.test, options, out=target, resume=resume, watch=watch)
     except Infeasible:
         draw(target)
         raise

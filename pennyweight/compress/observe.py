@@ -40,12 +40,9 @@ def calibration(bundle: Bundle, env: Env, by: Transform) -> Dataset:
     rows = env.calib if env.calib is not None else env.train
     if rows is None or not len(rows):
         raise PlanError(f"{type(by).__name__} fits to rows and needs env.calib (or env.train), which was not given or is empty")
-    wanted = () if bundle.catalog is None else bundle.catalog.schema.columns
-    other = [c for c in wanted if c.role not in ("label", "time") and c not in rows.schema.columns]
-    if other:
-        have = next((c for c in rows.schema.columns if c.name == other[0].name), "no such column")
+    if bundle.catalog is not None and (why := bundle.catalog.differs(rows.catalog)):
         raise PlanError(
-            f"the calibration rows are of another schema than the model: it reads {other[0]}, they hold {have}; "
+            f"the calibration rows are of another schema than the model: {why}; "
             "give rows that were ingested with the model's own vocabularies"
         )
     return rows.take(np.linspace(0, len(rows) - 1, min(len(rows), ROWS)).astype(np.int64))  # from all over: rows have an order

@@ -166,6 +166,17 @@ class Catalog:
             raise ConfigError(f"column {column!r} has no vocabulary; those that have one: {known}")
         return self.vocabularies[table]
 
+    def differs(self, rows: Catalog) -> str:
+        """Why a model of this catalog would misread rows of another, in words; empty where it would not."""
+        for column in self.schema.columns:
+            if column.role not in ("label", "time") and column not in rows.schema.columns:
+                have = next((c for c in rows.schema.columns if c.name == column.name), "no such column")
+                return f"it reads {column}, they hold {have}"
+        for table in self.vocabularies.keys() & rows.vocabularies.keys():
+            if not self.vocabularies[table].values.equals(rows.vocabularies[table].values):
+                return f"both have ids for {table!r}, and they stand for other values"
+        return ""
+
     def replace(self, **changes: Any) -> Catalog:
         """A copy with some fields replaced."""
         return dataclasses.replace(self, **changes)

@@ -129,8 +129,7 @@ def sketch(bundle: Bundle, transforms: Sequence[Transform], env: Env) -> Bundle:
 def predict(bundle: Bundle, rates: Rates, baseline: Cost, before: Sequence[Part], allow: Sequence[str] = ()) -> Cost:
     """The cost of a sketch: its bytes, and milliseconds scaled from the baseline's by what its layers need."""
     layers = described(bundle, allow)
-    measured = {p.name: p for p in before}
-    glue = measured["everything else"].ms if "everything else" in measured else 0.0
+    glue = sum(p.ms for p in before if p.name == "everything else" or p.kind.startswith("other "))
     often = {p.name: max(1, p.lookups) for p in before}
     ms = glue + sum(rates.ms(layer, baseline.candidates, often.get(path, 1)) for path, layer in layers.items())
     tail = baseline.p99_ms / baseline.p50_ms if baseline.p50_ms else 1.0

@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from pennyweight.accelerate.runner import Runner
+from pennyweight.compress.rewrite import untouched
 from pennyweight.core.measure import Latency, interleaved, latency, peak_memory
 from pennyweight.data.catalog import Catalog
 from pennyweight.data.dataset import Dataset
@@ -115,9 +116,13 @@ def parts(bundle: Bundle, bench: Bench, allow: Sequence[str] = (), rounds: int =
     """Where bytes and milliseconds are: one part a table or layer that a request calls or that holds weights.
 
     Timed with hooks on eager modules, which cost a microsecond each; ``everything else`` is what is left of the forward.
+    A layer of a kind that no compression knows is a part too, called ``other``; so is what a layer that has become several
+    holds beside them, such as the codes of shared centres.
     """
     with Runner(bundle.replace(runtime=replace(bundle.runtime, engine="eager")), allow) as runner:
-        layers = described(bundle, allow)
+        layers: dict[str, Layer | None] = {**described(bundle, allow)}
+        strange = {u.path: u for u in untouched(runner.module) if u.path and not isinstance(runner.module, Onnx)}
+        layers |= {path: None for path in strange if not any(True for _ in runner.module.get_submodule(path).children())}
         spent = dict.fromkeys(layers, 0.0)
         rows = dict.fromkeys(layers, 0)
         handles = [h for path in layers for h in _timed(runner.module.get_submodule(path), path, layers[path], spent, rows)]
@@ -131,14 +136,24 @@ def parts(bundle: Bundle, bench: Bench, allow: Sequence[str] = (), rounds: int =
         total = (time.perf_counter() - start) * 1e3 / rounds
         for handle in handles:
             handle.remove()
+        spec, state = bundle.model.spec.layers, bundle.model.state
         kind = runner.module.kind if isinstance(runner.module, Onnx) else "glue"  # an ONNX graph is one part
-    made = [_part(p, layer, spent[p] / rounds, rows[p] // (rounds * bench.candidates)) for p, layer in layers.items()]
+    made = [_part(p, layer, spent[p] / rounds, rows[p] // (rounds * bench.candidates)) for p, layer in layers.items() if layer]
+    made += [Part(p, f"other {u.kind}", u.bytes, spent.get(p, 0.0) / rounds, 0) for p, u in strange.items()]
+    made += [
+        Part(p, type(la).__name__.lower(), own, 0.0, 0) for p, la in spec.items() if p not in layers and (own := _own(state, p))
+    ]
     rest = bundle.model.bytes - sum(p.bytes for p in made)
     return (*made, Part("everything else", kind, max(0, rest), max(0.0, total - sum(p.ms for p in made)), 0))
 
 
+def _own(state: Mapping[str, Tensor], path: str) -> int:
+    """Bytes of the tensors of a layer itself, without those of the layers in it."""
+    return sum(t.nbytes for name, t in state.items() if name.rpartition(".")[0] == path)
+
+
 def _timed(
-    module: nn.Module, path: str, layer: Layer, spent: dict[str, float], rows: dict[str, int]
+    module: nn.Module, path: str, layer: Layer | None, spent: dict[str, float], rows: dict[str, int]
 ) -> list[torch.utils.hooks.RemovableHandle]:
     begun = [0.0]
 
@@ -149,7 +164,7 @@ def _timed(
         spent[path] += (time.perf_counter() - begun[0]) * 1e3
         if isinstance(layer, Table):
             rows[path] += args[0].numel() if args else 0
-        else:
+        elif layer is not None:
             rows[path] += positions(layer, out)
 
     return [module.register_forward_pre_hook(before), module.register_forward_hook(after)]

@@ -38,6 +38,7 @@ import torch
 from pennyweight.accelerate.tune import Engine, tune
 from pennyweight.compress.onnx import types as graph_types
 from pennyweight.compress.prune import foldable
+from pennyweight.compress.rewrite import Untouched, untouched
 from pennyweight.core import hardware
 from pennyweight.core.budget import Budget, size
 from pennyweight.core.config import decode, dumps, encode, write
@@ -620,10 +621,12 @@ def optimize(
     Raises:
         NotWorthIt: the model is within the budget already.
         Infeasible: nothing measured meets the budget; the frontier and what is missing are in the error and on disk.
-        DataError: train, validation or test rows are missing.
+        DataError: train, validation or test rows are missing, or weights are no numbers.
+        ConfigError: a layer to leave alone is not there.
     """
     if env.train is None or env.valid is None or not len(test):
         raise DataError("optimize needs train, validation and test rows; split the data into three")
+    _counted(bundle)
     env = dataclasses.replace(env, teachers=env.teachers or (bundle.model,))
     search = Search(bundle, env, budget, test, options, out, watch)
     search.measure_baseline()
@@ -636,6 +639,16 @@ def optimize(
         control = search.run_control()
         search.tune_finalists()
     return _conclude(search, control)
+
+
+def _counted(bundle: Bundle) -> None:
+    """Refuse weights that are NaN, by the name of their layer: every comparison with such a model would be one with nothing."""
+    for name, tensor in bundle.model.state.items():
+        wrong = int(tensor.isnan().sum()) if tensor.is_floating_point() else 0
+        if wrong:
+            raise DataError(
+                f"layer {name.rpartition('.')[0] or name} holds {wrong:,} NaN weights of {tensor.numel():,}; train the model again"
+            )
 
 
 @contextlib.contextmanager
@@ -706,10 +719,20 @@ def _infeasible(search: Search) -> Infeasible:
         if t.validation
     )
     lines = [f"  {_short(t)}: {m}" for t, m in zip(frontier, missing, strict=True)]
+    if not tried:
+        left = [f"{u.path or 'the model itself'} ({u.kind}, {size(u.bytes)})" for u in _untouched(search)]
+        left += [f"{pattern} (as asked)" for pattern in search.options.skip]
+        notes = dict.fromkeys(t.note for t in search.trials if t.note)
+        why = "; ".join(notes) or f"left alone: {', '.join(left) or 'nothing'}"
+        return Infeasible(f"nothing in the model could be made smaller, which is {size(search.base.bytes)}; {why}")
     return Infeasible(
         f"nothing tried meets {search.budget.describe()}. The nearest, and what each lacks:\n" + "\n".join(lines)
         + "\nAllow more compute, a larger margin, or a larger limit.", frontier, missing,
     )  # fmt: skip
+
+
+def _untouched(search: Search) -> list[Untouched]:
+    return untouched(search.bundle.model.build(search.env.allow))
 
 
 def _short(trial: Trial) -> str:
@@ -754,6 +777,7 @@ def _result(search: Search, chosen: Trial | None, control: Trial | None, best: B
         data=o.data,
         request=search.request,
         price=o.price,
+        skip=search.forbidden,
         savings=savings,
     )
 

@@ -83,6 +83,8 @@ class Part:
     flops: int
     lookups: int = 0
     """How often one candidate uses it: rows a table looks up, positions of a convolution."""
+    loss: float | None = None
+    """Quality lost by what was done to it alone, where that was measured or predicted; positive is worse."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,5 +141,7 @@ class Result:
     price: Price | None = None
     model: str = ""
     """What was optimized, e.g. ``DeepFM``."""
+    skip: tuple[str, ...] = ()
+    """Patterns of layers that were to be left alone."""
     savings: tuple[str, ...] = ()
     """What the chosen plan saves per million requests, in plain sentences."""
