@@ -29,7 +29,7 @@ from pennyweight.compress.prune import FoldNorms, PruneNeurons
 from pennyweight.compress.quantize import QuantizeDense, QuantizeTables
 from pennyweight.compress.residual import SubtractCentres
 from pennyweight.compress.rotate import RotateTables
-from pennyweight.compress.share import ShareRows
+from pennyweight.compress.share import CodeTables, ShareRows
 from pennyweight.compress.substitute import SubstituteTables
 from pennyweight.core.config import dumps, encode, loads, members
 from pennyweight.core.errors import ConfigError, PlanError
@@ -46,7 +46,7 @@ from pennyweight.model.retrieval import MatrixFactorization, TwoTower
 from pennyweight.model.spec import Model, build, call, seeded, spec_of
 from pennyweight.model.train import Recipe, fit
 from pennyweight.model.transform import FIELD, Env, Plan, Transform
-from pennyweight.schedule.queue import SetPolicy
+from pennyweight.schedule.policy import SetPolicy
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,6 +73,7 @@ CASES = (
     Case(TrainRounded("int4", training=Distill(epochs=1))),
     Case(Distill(epochs=2), idle=Distill(epochs=0)),
     Case(QuantizeTables(data_type="int4")),
+    Case(CodeTables(bits=2)),
     Case(QuantizeDense(data_type="int8")),
     Case(QuantizeDense(data_type="bf16")),
     Case(QuantizeDense(data_type="int3", feedback=True)),

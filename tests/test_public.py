@@ -20,11 +20,11 @@ IMPORTED = """
     Budget Bundle Column Dataset Env Model Plan Recipe Result Schema Spec Transform Trial fit load optimize plan save spec_of
 """
 TRANSFORMS = (
-    "distill factor-dense fold-norms place prune-neurons quantize-dense quantize-onnx quantize-tables queue rotate-tables run "
+    "code-tables distill factor-dense fold-norms place prune-neurons quantize-dense quantize-onnx quantize-tables queue rotate-tables run "
     "share-rows substitute-tables subtract-centres train-rounded"
 )
 LAYERS = "clustered conv dense hashed hot-rows identity low-rank narrow norm quotient residual robe table tensor-train"
-COMMANDS = "apply bench demo doctor export inspect optimize report serve train"
+COMMANDS = "apply bench compress demo doctor export inspect optimize report serve train"
 
 
 def registered(base: type) -> str:
