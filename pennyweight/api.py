@@ -188,9 +188,10 @@ def _fits(model: Any, data: Rows) -> None:
         DataError: they are of another schema than its catalog.
     """
     train = data.train if isinstance(data, Split) else data
-    if isinstance(model, Bundle) and model.catalog is not None and isinstance(train, Dataset):
-        if why := model.catalog.differs(train.catalog):
-            raise DataError(f"the rows are of another schema than the model: {why}; give rows ingested as its own were")
+    if not isinstance(model, Bundle) or model.catalog is None or not isinstance(train, Dataset):
+        return
+    if why := model.catalog.differs(train.catalog):
+        raise DataError(f"the rows are of another schema than the model: {why}; give rows ingested as its own were")
 
 
 def _searched(

@@ -179,6 +179,57 @@ def optimize(
 
 
 @app.command()
+def compress(
+    source: Annotated[
+        Path, typer.Argument(help="A run folder, as `train` leaves it, or a bundle: one of a run, or with --data.")
+    ],
+    max_bytes: Annotated[str, typer.Option(help="Largest weights file, as 200kB; as small as is proven by default.")] = "",
+    auc_drop: Annotated[str, typer.Option(help="Largest drop of the AUC, as .001 or 0.1%.")] = "",
+    drop: Annotated[str, typer.Option(help="The same of the metric the model is judged by, whichever it is.")] = "",
+    skip: Annotated[list[str], typer.Option("--skip", help="Pattern of layers that nothing may touch; may repeat.")] = [],  # noqa: B006
+    data: Annotated[
+        Path | None, typer.Option(help="For a bundle without a run: a dataset folder it was not trained on.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder for the result; the run, or BUNDLE-compressed, by default.")] = None,
+    seconds: Annotated[float, typer.Option(help="Compute cap, in seconds.")] = 600.0,
+    epochs: Annotated[int, typer.Option(help="Epochs of recovery at most.")] = 10,
+    tries: Annotated[int, typer.Option(help="Structures trained at most; 0 keeps to what needs no training.")] = 4,
+    resume: Annotated[bool, typer.Option("--resume", help="Take finished trials from the folder.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Search even if the model is within the budget already.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print summary.json in place of tables.")] = False,
+    allow: Allow = [],  # noqa: B006
+) -> None:
+    """Make a model's file as small as is proven as good, whatever it does to the time. Ctrl-C keeps the best so far."""
+    from pennyweight import api, job
+    from pennyweight.optimize.search import Options
+    from pennyweight.report import layers, table, tried
+
+    budget = _bytes_budget(max_bytes, auc_drop, drop)
+    run, bundle = job.located(source)
+    target = out or (source if bundle != source else source.with_name(f"{source.resolve().name}-compressed"))
+    given: dict[str, Any] = {"seconds": seconds, "epochs": epochs, "tries": tries, "force": force, "objective": "bytes"}
+    given |= {"skip": tuple(skip)}
+    with watching(err_console) as (_, _, step):
+        shared: dict[str, Any] = {"out": target, "resume": resume, "allow": tuple(allow), "watch": step}
+        if data is not None:
+            from pennyweight.data.dataset import Dataset
+
+            outcome = api.optimize(bundle, Dataset.open(data), budget, **given, **shared)
+        elif run is not None:
+            outcome = job.improve(run, budget, Options(**given), bundle=bundle, **shared)
+        else:
+            raise DataError(f"{source} is a bundle without a run; name rows that it was not trained on with --data FOLDER")
+    result = outcome.result
+    if json:
+        typer.echo(_text(target / "summary.json").decode())
+    else:
+        for shown in (tried(result), *([layers(result)] if result.parts_after else []), table(result)):
+            out_console.print(shown)
+    end = f"bundle: {target}/best" if result.chosen else "nothing was proven; the bundle given stays"
+    (err_console if json else out_console).print(f"report     {target}/report.html          {end}", highlight=False)
+
+
+@app.command()
 def apply(
     bundle: Annotated[Path, typer.Argument(help="A bundle folder.")],
     plan: Annotated[Path, typer.Argument(help='A plan as JSON: {"transforms": [{"transform": "quantize-tables", ...}]}.')],
@@ -357,6 +408,15 @@ def _text(path: Path) -> bytes:
         return path.read_bytes()
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror}") from error
+
+
+def _bytes_budget(max_bytes: str, auc_drop: str, drop: str) -> budgets.Budget:
+    """The budget that the options of `compress` name."""
+    given = {"bytes": max_bytes, "auc drop": auc_drop, "quality drop": drop}
+    if auc_drop and drop:
+        raise ConfigError("--auc-drop and --drop are two margins; keep one")
+    clauses = [f"{name} <= {amount}" for name, amount in given.items() if amount]
+    return budgets.parse(", ".join(clauses or [f"quality drop <= {budgets.DEFAULT_MARGIN}"]))
 
 
 def _model_args(model: str, dim: int, hidden: str, dropout: float) -> dict[str, Any]:

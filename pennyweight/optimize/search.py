@@ -63,6 +63,9 @@ RECORD = "search.json"
 WAYS = 6.0
 """Another way of recovery is tried if this many times what the last one took is left."""
 
+TUNED = 3
+"""Structures whose runtime is chosen by measurement: the cheapest plan may not be proven, and another's is another's."""
+
 Z95 = 1.645
 """Standard errors from a mean to its one-sided 95 % bound."""
 
@@ -228,12 +231,32 @@ class Search:
             f"{share:.0%} of the time is the dense part. Leave it, set a tighter budget, or search all the same with --force"
         )
 
-    def _misses(self, spent: Cost, bundle: Bundle, *, sketched: bool = False) -> tuple[str, ...]:
-        """Which limits are not kept; of a sketch, whose memory cannot be measured, the bytes stand for it."""
-        price = self.options.price
+    def _misses(self, spent: Cost, bundle: Bundle, given: Cost | None = None, *, sketched: bool = False) -> tuple[str, ...]:
+        """Which limits are not kept; of a sketch, whose memory cannot be measured, the bytes stand for it.
+
+        ``given`` is what the model as given was measured to spend beside it, for limits that are multiples of that.
+        """
+        limits, given, price = self.budget, given or self.base, self.options.price
+        measured = limits.memory_bytes is not None or "memory" in limits.times
+        peak = memory(bundle, self.bench, self.env.allow) if measured and not sketched else spent.bytes
+        asked = given.bytes if sketched or "memory" not in limits.times else self._given_memory
         paid = money(spent, bundle.runtime.threads, price) if price else None
-        peak = spent.bytes if sketched or self.budget.memory_bytes is None else memory(bundle, self.bench, self.env.allow)
-        return self.budget.misses(p50_ms=spent.p50_ms, p99_ms=spent.p99_ms, bytes=spent.bytes, memory_bytes=peak, cost=paid)
+        before = money(given, self.bundle.runtime.threads, price) if price else None
+        limits = limits.against(
+            p50_ms=given.p50_ms, p99_ms=given.p99_ms, bytes=given.bytes, memory_bytes=asked, cost=before
+        )  # fmt: skip
+        return limits.misses(p50_ms=spent.p50_ms, p99_ms=spent.p99_ms, bytes=spent.bytes, memory_bytes=peak, cost=paid)
+
+    @functools.cached_property
+    def _given_memory(self) -> int:
+        return memory(self.bundle, self.bench, self.env.allow)
+
+    def _cost(self, bundle: Bundle) -> tuple[Cost, Cost]:
+        """What a bundle costs, and the model as given beside it: in turns where the budget compares their times."""
+        if self.budget.times.keys() & {"p50", "p99", "cost"}:
+            given, spent = race([self.bundle, bundle], self.bench, self.env.allow)
+            return spent, given
+        return cost(bundle, self.bench, self.env.allow), self.base
 
     # -- trials ------------------------------------------------------------------------------------------------------
 
@@ -247,9 +270,9 @@ class Search:
             if key in self.known:
                 trial = self.known[key]
             else:
-                spent = cost(bundle, self.bench, self.env.allow)
+                spent, given = self._cost(bundle)
                 trial = Trial(name, made, predicted, spent, self._validated(bundle), None, seconds=time.monotonic() - begun)
-                trial = dataclasses.replace(trial, note="; ".join(self._misses(spent, bundle)))
+                trial = dataclasses.replace(trial, note="; ".join(self._misses(spent, bundle, given)))
         except PlanError as error:
             trial = Trial(name, made, predicted, note=str(error), seconds=time.monotonic() - begun)
         else:
@@ -457,8 +480,9 @@ class Search:
         return types(described(drawn, self.env.allow), norms, rows, self.forbidden)
 
     def _promising(self, guess: Cost) -> bool:
-        """Whether a prediction leaves hope: bytes are exact, milliseconds may be a third off."""
-        slack = dataclasses.replace(guess, p50_ms=guess.p50_ms / 1.5, p99_ms=guess.p99_ms / 1.5)
+        """Whether a prediction leaves hope: bytes are exact, milliseconds may be a third off, and are those of eager."""
+        hope = 1.5 if set(self.options.engines) == {"eager"} else 3.0
+        slack = dataclasses.replace(guess, p50_ms=guess.p50_ms / hope, p99_ms=guess.p99_ms / hope)
         return not self._misses(slack, self.bundle, sketched=True)
 
     def _affordable(self) -> bool:
@@ -527,27 +551,34 @@ class Search:
     # -- runtime, control, proof -------------------------------------------------------------------------------------
 
     def tune_finalists(self) -> None:
-        """Choose engine and threads on the best plan by measurement, and try the others with it; it changes no bytes."""
+        """Choose engine and threads by measurement, for the best plan of each structure; it changes no bytes."""
         if self.options.objective == "bytes":
             return
-        held = [t for t in self.trials if t.measured and self._held(t) and t.name != "control"]
-        if not held or self.left() < self.reserve:
-            return
-        held.sort(key=self._objective)
-        self.say("tune", "choosing engine and threads for the best plan by measurement")
+        held = [t for t in self.trials if t.measured and self._held(t) and t.name != "control" and self._small(t)]
+        if held:
+            self.say("tune", "choosing engine and threads for the best plans by measurement")
         requests = [make() for make in self.bench.requests[:8]]
-        chosen, _ = tune(
-            self.bundles[_key(held[0].plan)],
-            requests,
-            seconds=min(30 * self.options.timing_s, self.left() / 3),
-            engines=self.options.engines,
-            allow=self.env.allow,
-        )
-        runtime = Runtime(chosen.engine, chosen.threads, chosen.batch)
-        for trial in held[:8]:
-            if self.bundles[_key(trial.plan)].runtime != runtime:
-                with contextlib.suppress(DeviceError):
-                    self.attempt((*trial.plan.transforms, chosen), trial.predicted, trial.name)
+        for alike in _alike(sorted(held, key=self._objective)[:8])[:TUNED]:
+            if self.left() < self.reserve:
+                return
+            chosen, _ = tune(
+                self.bundles[_key(alike[0].plan)],
+                requests,
+                seconds=min(30 * self.options.timing_s, self.left() / 3),
+                engines=self.options.engines,
+                allow=self.env.allow,
+            )
+            runtime = Runtime(chosen.engine, chosen.threads, chosen.batch)
+            for trial in alike:
+                if self.bundles[_key(trial.plan)].runtime != runtime:
+                    with contextlib.suppress(DeviceError):
+                        self.attempt((*trial.plan.transforms, chosen), trial.predicted, trial.name)
+
+    def _small(self, trial: Trial) -> bool:
+        """Whether a trial keeps the limit of bytes, which no runtime changes."""
+        assert trial.measured is not None
+        limit = self.budget.against(bytes=self.base.bytes).bytes
+        return limit is None or trial.measured.bytes <= limit
 
     def run_control(self) -> Trial | None:
         """The given model after the same extra training, not compressed."""
@@ -646,9 +677,8 @@ def _counted(bundle: Bundle) -> None:
     for name, tensor in bundle.model.state.items():
         wrong = int(tensor.isnan().sum()) if tensor.is_floating_point() else 0
         if wrong:
-            raise DataError(
-                f"layer {name.rpartition('.')[0] or name} holds {wrong:,} NaN weights of {tensor.numel():,}; train the model again"
-            )
+            layer = name.rpartition(".")[0] or name
+            raise DataError(f"layer {layer} holds {wrong:,} NaN weights of {tensor.numel():,}; train the model again")
 
 
 @contextlib.contextmanager
@@ -685,7 +715,7 @@ def _timed(search: Search, proven: Sequence[Trial]) -> tuple[Trial | None, Bundl
     for trial in proven:
         bundle = search.bundles[_key(trial.plan)]
         slow, fast = race([search.bundle, bundle], bench, search.env.allow)
-        missed = search._misses(fast, bundle)
+        missed = search._misses(fast, bundle, slow)
         final = dataclasses.replace(trial, measured=fast, note="; ".join(missed), guards=_guards(search, bundle))
         search._swap(trial, final)
         if not missed:
@@ -790,6 +820,15 @@ def _savings(search: Search, chosen: Trial | None, best: Bundle) -> tuple[str, .
     after = money(chosen.measured, best.runtime.threads, price)
     asked = f"{price.currency} per million requests of {search.request}"
     return (f"{before:.4g} -> {after:.4g} {asked}: {1 - after / before if before else 0.0:.0%} saved",)
+
+
+def _alike(trials: Sequence[Trial]) -> list[list[Trial]]:
+    """Trials by structure and training, in order: what differs in data types only runs fastest the same way."""
+    found: dict[Structure, list[Trial]] = {}
+    for trial in trials:
+        shape = tuple(t for t in trial.plan.transforms if t.stage in ("structure", "training"))
+        found.setdefault(shape, []).append(trial)
+    return list(found.values())
 
 
 def _bound(trial: Trial) -> float:

@@ -10,11 +10,16 @@ from rich.text import Text
 
 from pennyweight.core.budget import size
 from pennyweight.core.config import encode
+from pennyweight.model.transform import Transform
 from pennyweight.optimize.prove import about, exactly, rounded
 from pennyweight.optimize.trial import Part, Quality, Result, Trial
-from pennyweight.report.view import cost_of, gains, missing, ms, name_of, over, roles, shown, upper
+from pennyweight.report.view import alone, cost_of, gains, metric_of, missing, ms, name_of, over, roles, shown, upper, view
 
 DATA_TYPES = ("fp32", "fp16", "bf16", "int8", "int4", "int3", "int2")
+TAUGHT = ("alpha", "temperature", "lr", "dealt", "regularize", "schedule")
+"""How a training was done, which is the same for all plans of a search."""
+FEW = 3
+"""Layers that are named one by one."""
 QUALITY = ("metric", "rows", "drop", "drop_low_95", "drop_upper_95", "margin", "method", "rows_needed")
 
 
@@ -63,6 +68,43 @@ def table(result: Result) -> Table:
     return grid
 
 
+def tried(result: Result) -> Table:
+    """Every step of the search in the order it was tried: what it came to, and what became of it."""
+    shown = Table(title=f"every step tried ({metric_of(result)} on the validation rows)", title_justify="left")
+    for name in ("#", "bytes", "smaller", "drop", "at most", "s"):
+        shown.add_column(name, justify="right", no_wrap=True)
+    shown.add_column("plan, and what came of it", ratio=1)
+    for row, trial in zip(view(result).tried, result.trials, strict=True):
+        steps = " · ".join(map(step, trial.plan.transforms)) or "as given"
+        what = Text(f"{steps}\n").append(row.fate, "bold" if row.kind == "chosen" else "dim")
+        shown.add_row(str(row.number), row.bytes, row.smaller, row.drop, row.bound, row.seconds, what)
+    return shown
+
+
+def step(transform: Transform) -> str:
+    """A transform as a plan names it, with what it was told: ``quantize-dense int3 feedback``."""
+    told = {k: v for k, v in encode(transform, slim=True).items() if k not in ("transform", "skip") and not isinstance(v, dict)}
+    kind = {k: v for k, v in encode(transform).items() if k in ("transform", "data_type")}
+    lists = {k: f"{k}={','.join(v) if len(v) <= FEW else f'({len(v)} layers)'}" for k, v in told.items() if isinstance(v, list)}
+    rest = [lists.get(k) or (k if v is True else f"{k}={v}") for k, v in told.items() if k not in (*kind, *TAUGHT)]
+    return " ".join([*kind.values(), *rest])
+
+
+def layers(result: Result) -> Table:
+    """What became of every table and layer."""
+    held = view(result).layers
+    lossy = any(row.loss for row in held)
+    shown = Table(title="every table and layer", title_justify="left")
+    for name in ("part", "before", "what was done"):
+        shown.add_column(name, overflow="fold")
+    for name in ("bytes", "smaller", *(["lost"] if lossy else [])):
+        shown.add_column(name, justify="right")
+    for row in held:
+        cells = row.name, row.before, row.done, " → ".join(dict.fromkeys(row.bytes)), row.smaller
+        shown.add_row(*map(Text, (*cells, row.loss) if lossy else cells))
+    return shown
+
+
 def _lines(result: Result) -> Iterable[tuple[str, str]]:
     trial = shown(result)
     for role, each in roles(result):
@@ -81,6 +123,8 @@ def _lines(result: Result) -> Iterable[tuple[str, str]]:
         yield "over", line
     for line in missing(result):
         yield "missing", line
+    for line in alone(result):
+        yield "left alone", line
 
 
 def _answer(q: Quality) -> str:

@@ -9,6 +9,7 @@ Nothing here rounds towards a claim: a gain is rounded down, a bound up, and wha
 from __future__ import annotations
 
 import dataclasses
+import fnmatch
 import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
@@ -20,6 +21,8 @@ from pennyweight.optimize.prove import about, exactly, rounded
 from pennyweight.optimize.trial import Cost, Part, Price, Quality, Result, Trial
 
 NAMES = {"auc": "AUC", "log_loss": "log loss", "normalized_entropy": "normalized entropy"}
+STRANGE = "other "
+"""How the kind of a part begins that no compression knows."""
 State = Literal["proven", "worse", "cannot tell", "none"]
 Kind = Literal["baseline", "control", "chosen", "proven", "not proven", "dropped"]
 Role = Literal["baseline", "control", "chosen", "nearest"]
@@ -57,6 +60,20 @@ class Share:
 
 
 @dataclasses.dataclass(frozen=True)
+class Layered:
+    """One table or layer as it was given, and what became of it."""
+
+    name: str
+    before: str
+    """What it was, such as ``table fp32 9068x16``."""
+    done: str
+    bytes: tuple[str, str]
+    smaller: str
+    loss: str
+    """Quality lost by this alone; empty where nobody measured or predicted it."""
+
+
+@dataclasses.dataclass(frozen=True)
 class Tried:
     """A row of the table of trials."""
 
@@ -64,6 +81,7 @@ class Tried:
     kind: Kind
     plan: str
     bytes: str
+    smaller: str
     predicted_ms: str
     p99_ms: str
     drop: str
@@ -103,6 +121,8 @@ class View:
     alone: str
     """What compression alone cost, against the control."""
     shares: tuple[Share, ...]
+    layers: tuple[Layered, ...]
+    """Every table and layer of the model as given, the heaviest first; empty without a chosen plan."""
     prediction: str
     references: tuple[Reference, ...]
     scale: tuple[str, str]
@@ -130,6 +150,7 @@ def view(result: Result) -> View:
         guards=tuple(_guard(g) for g in trial.guards) if trial else (),
         alone=_alone(result, trial),
         shares=_shares(result.parts_before, result.parts_after),
+        layers=_layers(result) if result.parts_after else (),
         prediction=_prediction(result.trials),
         references=_references(result),
         scale=_scale(result)[0],
@@ -214,9 +235,10 @@ def missing(result: Result) -> tuple[str, ...]:
 
 
 def budget_of(result: Result) -> Budget:
-    """The limits that the budget's words name; none where they cannot be read any more."""
+    """The limits that the budget's words name, as numbers; none where they cannot be read any more."""
+    given = cost_of(result.baseline)
     try:
-        return parse(result.budget)
+        return parse(result.budget).against(p50_ms=given.p50_ms, p99_ms=given.p99_ms, bytes=given.bytes)
     except BudgetError:
         return Budget()
 
@@ -225,8 +247,17 @@ def over(result: Result) -> tuple[str, ...]:
     """Limits of size and time that the chosen plan misses: its last timing may have met a busier machine than the search."""
     if result.chosen is None:
         return ()
-    spent, limits = cost_of(result.chosen), dataclasses.replace(budget_of(result), memory_bytes=None, cost=None)
+    spent, limits = cost_of(result.chosen), dataclasses.replace(budget_of(result), memory_bytes=None, cost=None, times={})
     return limits.misses(bytes=spent.bytes, p50_ms=spent.p50_ms, p99_ms=spent.p99_ms)
+
+
+def alone(result: Result) -> tuple[str, ...]:
+    """Layers of a kind that no compression knows, and those that were to be left alone."""
+    strange = (p for p in result.parts_before if p.kind.startswith(STRANGE))
+    told = [
+        f"{p.name} ({p.kind.removeprefix(STRANGE)}, {size(p.bytes)}): no compression knows this kind of layer" for p in strange
+    ]
+    return (*told, *(f"{pattern}: as asked" for pattern in result.skip))
 
 
 # -- words and figures ---------------------------------------------------------------------------------------------------
@@ -343,6 +374,7 @@ def _tried(result: Result, number: int, trial: Trial) -> Tried:
         kind=kind_of(result, trial),
         plan=trial.plan.describe(),
         bytes=size(cost_of(trial).bytes),
+        smaller=_ratio(cost_of(result.baseline).bytes, cost_of(trial).bytes),
         predicted_ms=ms(trial.predicted.p99_ms),
         p99_ms=ms(spent.p99_ms) if spent else "–",
         drop=rounded(q.drop) if q else "–",
@@ -350,6 +382,11 @@ def _tried(result: Result, number: int, trial: Trial) -> Tried:
         seconds=f"{trial.seconds:.1f}",
         fate=fate(result, trial),
     )
+
+
+def _ratio(before: float, after: float) -> str:
+    """How many times smaller, rounded down; empty where that says nothing."""
+    return f"{rounded(before / after, 1, up=False)}×" if before and after else ""
 
 
 # -- where bytes and milliseconds are ------------------------------------------------------------------------------------
@@ -383,6 +420,71 @@ def _share(name: str, before: Part | None, after: Part | None, most_bytes: float
     what = [p.kind if p else "" for p in pair]
     held, spent = ["–" if p is None else size(p.bytes) for p in pair], ["–" if p is None else ms(p.ms) for p in pair]
     return Share(name, what[0], what[1], (held[0], held[1]), (spent[0], spent[1]), (bars[0], bars[1], bars[2], bars[3]))
+
+
+# -- what was done to each part ------------------------------------------------------------------------------------------
+
+REST = "everything else"
+
+
+def _layers(result: Result, most: int = 60) -> tuple[Layered, ...]:
+    """Every part as given with all that it has become; what is beyond ``most`` is one row, and all of them are the last."""
+    became: dict[str, list[Part]] = {p.name: [] for p in result.parts_before}
+    for part in result.parts_after:
+        became.setdefault(_home(part.name, became), []).append(part)
+    old = {p.name: p for p in result.parts_before}
+    names = sorted(became, key=lambda n: (n == REST, -old[n].bytes if n in old else 0, n))
+    few, rest = (names, []) if len(names) <= most + 1 else (names[:most], names[most:])
+    rows = [_layered(n, old.get(n), became[n], result.skip) for n in few if n != REST or old[n].bytes]
+    if rest:
+        rows.append(_summed(f"{len(rest)} smaller parts", rest, old, became))
+    return (*rows, _summed("all", names, old, became))
+
+
+def _home(name: str, before: Iterable[str]) -> str:
+    """The part as given that a part after belongs to: itself, or the layer that it lies in by now."""
+    return max((n for n in before if name == n or name.startswith(f"{n}.")), key=len, default=name)
+
+
+def _layered(name: str, before: Part | None, after: Sequence[Part], skip: Sequence[str]) -> Layered:
+    old, new = before.bytes if before else 0, sum(p.bytes for p in after)
+    losses = [p.loss for p in after if p.loss is not None]
+    loss = rounded(sum(losses)) if losses else ""
+    done = "left alone, as asked" if any(fnmatch.fnmatchcase(name, p) for p in skip) else _done(name, before, after)
+    return Layered(name, before.kind if before else "", done, (size(old), size(new)), _ratio(old, new), loss)
+
+
+def _summed(name: str, names: Sequence[str], old: Mapping[str, Part], became: Mapping[str, Sequence[Part]]) -> Layered:
+    before, after = sum(old[n].bytes for n in names if n in old), sum(p.bytes for n in names for p in became[n])
+    return Layered(name, "", "", (size(before), size(after)), _ratio(before, after), "")
+
+
+def _done(name: str, before: Part | None, after: Sequence[Part]) -> str:
+    """What became of a part, in words."""
+    if before is None:
+        return f"new: {', '.join(p.kind for p in after)}"
+    if before.kind.startswith(STRANGE):
+        return "left alone: no compression knows this kind of layer"
+    if not after:
+        return "folded into the layer beside it" if before.kind.startswith("norm ") else "left out"
+    if len(after) > 1 or after[0].name != name:
+        inner = (f"{p.name.removeprefix(name).lstrip('.') or 'itself'}: {p.kind}" for p in after)
+        return f"in {len(after)} parts: {', '.join(inner)}"
+    return "" if name == REST else _changed(before.kind.split(), after[0].kind.split())
+
+
+def _changed(before: Sequence[str], after: Sequence[str]) -> str:
+    """The difference of two kinds, such as ``table fp32 900x16`` and ``table codebook 4x256 int8 900x16``."""
+    if before == after:
+        return "as it was"
+    (_, *old, shape), (kind, *new, now) = before, after
+    said = [] if kind == before[0] else [f"now {kind}"]
+    said += [f"{shape} → {now}"] if shape != now else []
+    if "codebook" in new and "codebook" not in old:
+        parts, _, codes = new[new.index("codebook") + 1].partition("x")
+        said.append(f"rows share {codes} vectors in each of {parts} parts")
+    said += [f"{old[-1]} → {new[-1]}"] if old and new and old[-1] != new[-1] else []
+    return ", ".join(said) or " ".join(after)
 
 
 def _prediction(trials: Sequence[Trial]) -> str:
