@@ -121,7 +121,7 @@ def _looked_up(rows: nn.Module, ids: Tensor, many: bool) -> Tensor:
     being traced must hold for other batches too, so there every row is looked up.
     """
     tracing: bool = torch.jit.is_tracing()  # type: ignore[no-untyped-call, attr-defined]
-    traced = tracing or torch.compiler.is_compiling() or torch.onnx.is_in_onnx_export()
+    traced = tracing or torch.compiler.is_compiling() or torch.onnx.is_in_onnx_export() or isinstance(ids, torch.fx.Proxy)
     alone = not traced and len(ids) > 1 and ids.stride(0) == 0
     asked = ids[:1] if alone else ids
     found: Tensor = pooled(rows, asked) if many else rows(asked)
@@ -156,19 +156,28 @@ class Embeddings(nn.Module):
     def fused(self) -> Embeddings:
         """The same with all tables in one, for engines that pay by the operation; itself where a table is not plain rows."""
         plain = all(type(t) is nn.Embedding for t in self.tables.values())
-        return _Fused(self.tables, self.lookup, self.width) if plain else self
+        if not plain:
+            return self
+        weights = [rows.get_parameter("weight").detach() for rows in self.tables.values()]
+        every = torch.cat(weights)
+        starts = torch.tensor([0, *map(len, weights[:-1])]).cumsum(0).tolist()
+        rows = nn.Embedding(len(every), every.shape[1], _weight=every)
+        return _Fused(rows, dict(zip(self.tables, starts, strict=True)), self.lookup, self.width)
+
+    def over(self, matrix: nn.Parameter) -> Embeddings:
+        """The same looked up in a matrix of which each table is a view already; its gradient is sparse."""
+        starts = {name: t.get_parameter("weight").storage_offset() // matrix.shape[1] for name, t in self.tables.items()}
+        rows = nn.Embedding(*matrix.shape, _weight=matrix, sparse=True)
+        rows.weight = matrix
+        return _Fused(rows, starts, self.lookup, self.width)
 
 
 class _Fused(Embeddings):
-    """Tables end to end: neighbouring columns are looked up at once."""
+    """Tables end to end, each from its start on: neighbouring columns are looked up at once."""
 
-    def __init__(self, tables: nn.ModuleDict, lookup: Lookup, width: int) -> None:
+    def __init__(self, rows: nn.Embedding, starts: Mapping[str, int], lookup: Lookup, width: int) -> None:
         nn.Module.__init__(self)
-        self.lookup, self.width = lookup, width
-        weights = {name: rows.get_parameter("weight").detach() for name, rows in tables.items()}
-        every = torch.cat(list(weights.values()))
-        self.rows = nn.Embedding(len(every), every.shape[1], _weight=every)
-        starts = dict(zip(weights, torch.tensor([0, *(len(w) for w in weights.values())]).cumsum(0).tolist(), strict=False))
+        self.rows, self.lookup, self.width = rows, lookup, width
         self._runs = []
         for pooling, run in groupby(lookup.lookups, key=lambda c: c[2]):
             columns = list(run)
@@ -208,8 +217,10 @@ class Dropout(nn.Dropout):
         if not self.training or not cut:
             return x
         words = torch.empty(-(-x.numel() // 8), dtype=torch.int64, device=x.device).random_(-(2**63), None)
-        kept = words.view(torch.uint8)[: x.numel()].view(x.shape) >= cut
-        return x * kept * (256 / (256 - cut))
+        # Compared as floats, in place: PyTorch neither compares bytes nor multiplies by booleans at full speed.
+        kept = words.view(torch.uint8)[: x.numel()].view(x.shape).to(x.dtype).ge_(cut)
+        up = 256 / (256 - cut)
+        return x * kept.mul_(up) if x.dtype in (torch.float32, torch.float64) else x * kept * up
 
 
 class MLP(nn.Sequential):

@@ -134,6 +134,7 @@ class Tracer(fx.Tracer):
             return values[0]
         proxy = super().create_proxy(kind, target, args, kwargs, *rest, **more)
         proxy.seen = values  # type: ignore[attr-defined]
+        proxy.node.meta["seen"] = values
         proxy.node.meta["tensor"] = not isinstance(values[0], (int, float, tuple, torch.device))
         return proxy
 
@@ -167,13 +168,17 @@ class Tracer(fx.Tracer):
         return getattr(args[0], target)(*args[1:], **kwargs) if kind == "call_method" else target(*args, **kwargs)
 
 
-def trace(module: nn.Module, one: Sequence[Tensor], many: Sequence[Tensor], names: Sequence[str]) -> Tracer:
+def trace(
+    module: nn.Module, one: Sequence[Tensor], many: Sequence[Tensor], names: Sequence[str], kind: type[Tracer] | None = None
+) -> Tracer:
     """The tracer of a module, with its graph in ``graph``; the module may be changed by it, so hand over a copy.
+
+    ``kind`` is another tracer than the one here, such as one that leaves more layers whole.
 
     Raises:
         ConfigError: its forward cannot be recorded, with the line of the code that is in the way.
     """
-    tracer = Tracer([t.clone() for t in one], [t.clone() for t in many], names)
+    tracer = (kind or Tracer)([t.clone() for t in one], [t.clone() for t in many], names)
     try:
         with torch.random.fork_rng(devices=[]), _sizes(tracer):
             torch.manual_seed(1)

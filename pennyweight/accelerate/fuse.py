@@ -1,0 +1,328 @@
+"""The ``fused`` engine: the recorded forward with fewer, larger operations, still PyTorch's own and ready at once.
+
+Eager spends a request of one user on calls, not arithmetic, and a large batch on a matrix product that is not the fastest
+there is: on an AMD processor MKL's gave 105 GF/s where oneDNN, which PyTorch carries too, gave 220 from weights packed for
+it. So batch norms are folded into the dense layers before them, dense layers and their ReLU are one oneDNN call over weights
+packed once (or FBGEMM's, for int8), and neighbouring tables of one kind are one table looked up once. What ``torch.compile``
+does with freezing, without a compiler and in a second; it fuses less between the layers.
+
+fp32 numbers are eager's up to the order of sums, and rounded layers stay rounded as they were proven: the range of a batch,
+the same operator. The cost is memory: packed dense layers are a second copy, and while rows are joined so are the tables
+(afterwards the module's own tables are views into the joined one).
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+
+from pennyweight.accelerate.record import beside, free, grouped, layer, record
+from pennyweight.core.errors import ConfigError, DeviceError
+from pennyweight.model.dense import PackedLinear, narrow
+from pennyweight.model.spec import Batch
+from pennyweight.model.tables import RowwiseTable
+
+FEW = 3
+"""Rows below which PyTorch's own product is as fast as oneDNN's, whose call costs 20 microseconds."""
+BLOCK = 512
+"""Rows computed at once: what they need between layers stays in a core's cache, and in memory that is mapped already."""
+JOINED = 1 << 28
+"""Bytes of tables that are joined at most: joining needs them twice for a moment."""
+
+
+def packable() -> bool:
+    """Whether this PyTorch has oneDNN's products over packed weights."""
+    return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+
+
+class Dense(nn.Module):
+    """A dense layer and, with ``relu``, its ReLU, over weights in oneDNN's order."""
+
+    def __init__(self, dense: nn.Linear, relu: bool = False) -> None:
+        super().__init__()
+        self.weight, self.bias, self.relu = dense.weight.detach(), None if dense.bias is None else dense.bias.detach(), relu
+        self.packed = torch.ops.mkldnn._reorder_linear_weight(self.weight.contiguous(), BLOCK) if packable() else None
+
+    def forward(self, x: Tensor, shift: Tensor | None = None) -> Tensor:
+        """[B, outputs] from [B, inputs]; ``shift`` [1, outputs] stands in for the bias, [B, outputs] is added to it."""
+        bias = self.bias
+        if shift is not None and len(shift) == 1:
+            bias, shift = shift[0], None
+        if len(x) < FEW or self.packed is None:
+            output = F.linear(x, self.weight, bias)
+            output = output if shift is None else output.add_(shift)
+            return output.relu_() if self.relu else output
+        if shift is not None:
+            return torch.ops.mkldnn._linear_pointwise.binary(x, shift, self.packed, bias, "add")  # type: ignore[no-any-return]
+        output = torch.ops.mkldnn._linear_pointwise(x, self.packed, bias, "relu" if self.relu else "none", [], "")
+        return output
+
+
+class Rounded(nn.Module):
+    """An int8 dense layer and its ReLU in one call of FBGEMM's."""
+
+    def __init__(self, dense: PackedLinear) -> None:
+        super().__init__()
+        self.dense = dense
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, outputs] from [B, inputs]."""
+        ready = self.dense.ready()
+        if isinstance(ready, Tensor):
+            return self.dense(x).relu_()  # type: ignore[no-any-return]
+        output: Tensor = torch.ops.quantized.linear_relu_dynamic(x, ready, narrow())
+        return output
+
+
+class Rows(nn.Module):
+    """Several tables as one: ids side by side [B, k] to their rows side by side [B, k * dim]."""
+
+    starts: Tensor
+
+    def __init__(self, tables: Sequence[nn.Module]) -> None:
+        super().__init__()
+        one = tables[0]
+        unique = list(dict.fromkeys(tables))
+        self.packed = isinstance(one, RowwiseTable) and one.ready()[0] is None
+        self.operator = one.ready()[1] if isinstance(one, RowwiseTable) and self.packed else None
+        self.dim = int(one.embedding_dim)  # type: ignore[arg-type]
+        held = [stored(table) for table in unique]
+        self.rows = torch.cat(held)
+        sizes = [0, *(len(h) for h in held)]
+        starts = dict(zip(unique, torch.tensor(sizes).cumsum(0).tolist(), strict=False))
+        for table, start in starts.items():
+            _view(table, self.rows[start : start + len(stored(table))])
+        self.register_buffer("starts", torch.tensor([starts[t] for t in tables]), persistent=False)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """[B, k * dim]."""
+        at = ids + self.starts
+        if self.operator is None:
+            return F.embedding(at, self.rows).flatten(1)
+        found = self.operator(self.rows, at.view(-1, 1))
+        return (found if found.shape[1] == self.dim else found[:, : self.dim]).reshape(len(ids), -1)
+
+
+def stored(table: nn.Module) -> Tensor:
+    """What a table is executed from: fp32 rows, or packed ones."""
+    if isinstance(table, RowwiseTable):
+        plain = table.ready()[0]
+        return table.packed if plain is None else plain  # type: ignore[no-any-return]
+    return table.weight.detach()  # type: ignore[operator, no-any-return]
+
+
+def _view(table: nn.Module, rows: Tensor) -> None:
+    """Let a table's own rows be these, so that they are in memory once."""
+    if isinstance(table, RowwiseTable):
+        plain, form = table.ready()
+        if plain is None:
+            table.packed = rows
+            table._ready = (None, form)
+        else:
+            table._ready = (rows, None)
+    else:
+        table.weight = nn.Parameter(rows, requires_grad=False)  # type: ignore[assignment]
+
+
+def kind_of(table: nn.Module | None) -> tuple[Any, ...] | None:
+    """Tables of equal kind can be joined; None for one that cannot."""
+    if type(table) is nn.Embedding and table.max_norm is None and table.weight.device.type == "cpu":
+        return ("rows", table.embedding_dim, table.weight.dtype)
+    if isinstance(table, RowwiseTable) and table.layer.bag is None and table.packed.device.type == "cpu":
+        plain, form = table.ready()
+        if plain is not None:
+            return ("rows", table.embedding_dim, torch.float32)
+        return ("packed", table.embedding_dim, table.bits) if form is not None else None
+    return None
+
+
+class Fused(nn.Module):
+    """A graph and the columns it takes: one tensor for each of ``given``, of one column or of several side by side."""
+
+    def __init__(self, graph: fx.GraphModule, given: Mapping[str, tuple[str, ...]]) -> None:
+        super().__init__()
+        self.graph, self.given = graph, tuple(given.values())
+
+    def forward(self, batch: Batch) -> Any:
+        """What the graph gives for a batch."""
+        return self.graph(*(beside(batch, names) for names in self.given))
+
+
+def fused(module: nn.Module, probe: Batch, inputs: Sequence[str] = (), keep: Sequence[str] = ()) -> Callable[[Batch], Tensor]:
+    """The module with fewer operations, as a function of a batch. Tables at the paths ``keep`` are left where they are.
+
+    Raises:
+        DeviceError: the module cannot be recorded.
+    """
+    try:
+        recorded = record(module, probe, inputs)
+    except ConfigError as error:
+        raise DeviceError(f"engine 'fused' cannot run this model: {error}") from error
+    made = fuse(recorded.root, recorded.graph, recorded.names, probe)
+
+    def score(batch: Batch) -> Tensor:
+        output: Tensor = made(batch)
+        return output
+
+    return score
+
+
+def fuse(root: nn.Module, graph: fx.Graph, names: Sequence[str], probe: Batch, *, joined: bool = True) -> Fused:
+    """The graph, whose first placeholders are the columns ``names``, with its operations joined; the graph is changed."""
+    given = _side_by_side(graph, names, probe)
+    module = fx.GraphModule(root, graph)
+    module.graph.eliminate_dead_code()
+    module.recompile()
+    made = Fused(module, given)
+    return join(made) if joined else made
+
+
+def join(made: Fused) -> Fused:
+    """Join the operations of what ``fuse`` gave, in place."""
+    module, graph = made.graph, made.graph.graph
+    _lookups(module, graph)
+    _products(module, graph)
+    graph.eliminate_dead_code()
+    graph.lint()
+    module.delete_all_unused_submodules()
+    module.recompile()
+    return made
+
+
+def _side_by_side(graph: fx.Graph, names: Sequence[str], probe: Batch) -> dict[str, tuple[str, ...]]:
+    """Placeholders for groups of columns instead of single ones."""
+    every = [n for n in graph.nodes if n.op == "placeholder"]
+    old = dict(zip(names, every, strict=False))
+    given = grouped(probe, names)
+    first = next(iter(graph.nodes))
+    for at, columns in enumerate(given.values()):
+        with graph.inserting_before(first):
+            whole = graph.placeholder(f"given_{at}")
+            for k, column in enumerate(columns):
+                single = whole if len(columns) == 1 else graph.call_function(operator.getitem, (whole, (slice(None), k)))
+                single.meta |= {"column": (whole, k)} if len(columns) > 1 else {}
+                old[column].replace_all_uses_with(single)
+    for node in old.values():
+        graph.erase_node(node)
+    _sorted(graph)
+    return given
+
+
+def _sorted(graph: fx.Graph) -> None:
+    """Placeholders first, as a graph's code needs them."""
+    with graph.inserting_before(next(iter(graph.nodes))):
+        mark = graph.call_function(operator.neg, (0,))
+    for node in [n for n in graph.nodes if n.op == "placeholder"]:
+        mark.prepend(node)
+    graph.erase_node(mark)
+
+
+def _lookups(root: nn.Module, graph: fx.Graph) -> None:
+    """Neighbouring lookups of one kind that are laid side by side become one; numbers side by side are the tensor they came in."""
+    for node in list(graph.nodes):
+        if node.op == "call_function" and node.target in (torch.cat, torch.stack) and _dim(node) == 1:
+            parts = list(node.args[0])
+            runs = _runs(root, parts) if node.target is torch.cat else _columns(parts)
+            if len(runs) < len(parts):
+                with graph.inserting_before(node):
+                    new = [run[0] if len(run) == 1 else _joined(root, graph, run) for run in runs]
+                    whole = new[0] if len(new) == 1 else graph.call_function(torch.cat, (new, 1))
+                node.replace_all_uses_with(whole)
+                graph.erase_node(node)
+    graph.eliminate_dead_code()
+
+
+def _dim(node: fx.Node) -> Any:
+    return node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0)
+
+
+def _runs(root: nn.Module, parts: Sequence[fx.Node]) -> list[list[fx.Node]]:
+    """Neighbours that can be one lookup."""
+    runs: list[list[fx.Node]] = []
+    last: Any = None
+    size = 0
+    for part in parts:
+        table = layer(root, part)
+        column = (
+            part.args[0].meta.get("column") if table is not None and part.args and isinstance(part.args[0], fx.Node) else None
+        )
+        key = (kind_of(table), column[0]) if column and kind_of(table) else None
+        more = stored(table).nbytes if key and table is not None else 0
+        if key is not None and key == last and size + more <= JOINED:
+            runs[-1].append(part)
+            size += more
+        else:
+            runs.append([part])
+            size = more
+        last = key
+    return runs
+
+
+def _columns(parts: Sequence[fx.Node]) -> list[list[fx.Node]]:
+    """All of them, where they are columns that came side by side; else each alone."""
+    found = [p.meta.get("column") for p in parts]
+    together = all(found) and len({c[0] for c in found if c}) == 1
+    return [list(parts)] if together and len(parts) > 1 else [[p] for p in parts]
+
+
+def _joined(root: nn.Module, graph: fx.Graph, run: Sequence[fx.Node]) -> fx.Node:
+    tables = [layer(root, part) for part in run]
+    columns = [(part if table is None else part.args[0]).meta["column"] for part, table in zip(run, tables, strict=True)]  # type: ignore[union-attr]
+    at = [k for _, k in columns]
+    whole = columns[0][0]
+    near = at == list(range(at[0], at[0] + len(at)))
+    chosen: Any = slice(at[0], at[0] + len(at)) if near else at
+    ids = graph.call_function(operator.getitem, (whole, (slice(None), chosen)))
+    found = [t for t in tables if t is not None]
+    if not found:
+        return ids
+    root.add_module(name := free(root, "rows"), Rows(found))
+    return graph.call_module(name, (ids,))
+
+
+def _products(root: nn.Module, graph: fx.Graph) -> None:
+    """Dense layers over packed weights, each with its ReLU."""
+    for node in list(graph.nodes):
+        dense = layer(root, node)
+        if not isinstance(dense, (nn.Linear, PackedLinear, Shift)):
+            continue
+        plain = type(dense) is nn.Linear or (isinstance(dense, Shift) and type(dense.dense) is nn.Linear)
+        after = next(iter(node.users)) if len(node.users) == 1 else None
+        relu = after is not None and _is_relu(root, after)
+        wide = relu and not (plain and isinstance(dense, Shift) and not dense.single)
+        if plain:
+            made: nn.Module = Dense(dense.dense if isinstance(dense, Shift) else dense, bool(wide))  # type: ignore[arg-type]
+        elif wide and isinstance(dense, PackedLinear) and dense.whole:
+            made = Rounded(dense)
+        else:
+            continue
+        root.add_module(name := free(root, "dense"), made)
+        node.target = name
+        if wide:
+            assert after is not None
+            after.replace_all_uses_with(node)
+            graph.erase_node(after)
+
+
+def _is_relu(root: nn.Module, node: fx.Node) -> bool:
+    if node.op == "call_module":
+        return type(layer(root, node)) is nn.ReLU
+    return node.target in (torch.relu, F.relu, "relu", "relu_") and len(node.args) == 1
+
+
+class Shift(nn.Module):
+    """A dense layer of a part of the inputs, and what the other part came to: ``single`` [1, outputs], else [B, outputs]."""
+
+    def __init__(self, dense: nn.Module, single: bool) -> None:
+        super().__init__()
+        self.dense, self.single = dense, single
+
+    def forward(self, x: Tensor, shift: Tensor) -> Tensor:
+        """[B, outputs]."""
+        output: Tensor = self.dense(x) + shift
+        return output
