@@ -23,7 +23,7 @@ TRANSFORMS = (
     "code-tables distill factor-dense fold-norms place prune-neurons quantize-dense quantize-onnx quantize-tables queue rotate-tables run "
     "share-rows substitute-tables subtract-centres train-rounded"
 )
-LAYERS = "clustered conv dense hashed hot-rows identity low-rank narrow norm quotient residual robe table tensor-train"
+LAYERS = "bands clustered conv dense hashed hot-rows identity low-rank narrow norm quotient residual robe table tensor-train"
 COMMANDS = "apply bench compress demo doctor export inspect optimize report serve train"
 
 

@@ -12,6 +12,7 @@ import abc
 from collections.abc import Callable
 from typing import Any, Self, TypeVar
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -114,10 +115,12 @@ def encoded(rows: Tensor, bias: Tensor | None, data_type: str, scale: Tensor | N
 
 
 def blank(kind: type[M], *args: Any, **kwargs: Any) -> M:
-    """A module of this class with zero weights: its constructor would draw random ones from the caller's generator."""
-    module: M = nn.utils.skip_init(kind, *args, **kwargs)  # type: ignore[no-untyped-call]
-    for parameter in module.parameters():
-        nn.init.zeros_(parameter)
+    """A module of this class with zero weights: its constructor would draw random ones from the caller's generator.
+
+    NumPy's zeros are memory that nobody touched yet; PyTorch's are written. A large table is about to be loaded over.
+    """
+    module = kind(*args, device="meta", **kwargs)
+    module._apply(lambda t: torch.from_numpy(np.zeros(t.shape, np.float32)))  # type: ignore[no-untyped-call]
     return module
 
 

@@ -414,7 +414,8 @@ def unpack_rows(packed: Tensor, bits: int) -> Tensor:
 def split_rows(packed: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     """FBGEMM's row-wise format taken apart: bytes [rows, n], and each row's scale and bias [rows, 2] in fp32 or fp16."""
     real, behind = (torch.float32, 8) if bits == 8 else (torch.float16, 4)
-    return packed[:, :-behind].contiguous(), packed[:, -behind:].contiguous().view(real)
+    # Cloned, since a single row's slice counts as contiguous where it is, at an offset no fp32 may have.
+    return packed[:, :-behind].contiguous(), packed[:, -behind:].clone(memory_format=torch.contiguous_format).view(real)
 
 
 def _pack_chunk(weight: Tensor, bits: int) -> Tensor:

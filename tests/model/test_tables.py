@@ -158,6 +158,16 @@ def test_the_range_search_is_worth_it() -> None:
     assert (searched - weight).norm() < 0.95 * (plain - weight).norm()
 
 
+@pytest.mark.parametrize("data_type", BITS)
+def test_a_table_of_one_row(data_type: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = Table(1, 6, data_type=data_type)
+    module = loaded(layer, layer.encode(rows(6, seed=3)[5:6]))
+    want = rows_of(module)
+    torch.testing.assert_close(module.small().weight, want)
+    monkeypatch.setattr(tables, "_operator", lambda name: None)
+    torch.testing.assert_close(loaded(layer, layer.encode(want)).weight, want, atol=1e-2, rtol=0)
+
+
 @pytest.mark.parametrize("data_type", ["int8", "int4", "int2"])
 def test_constant_and_huge_rows_survive(data_type: str) -> None:
     weight = torch.tensor([[0.0] * 8, [0.5] * 8, [3e4, *[-3e4] * 7]])
