@@ -30,6 +30,12 @@ SHARES = (1.0, 0.8, 0.9, 1.1, 1.2)
 WIDE = 4096
 """Weights of an output above which a layer is rounded plainly."""
 
+BLOCK = 32
+"""Neighbouring inputs whose errors are added up before they reach the others."""
+
+MANY = 1 << 22
+"""Weights that are rounded at a time; a small layer's ranges are all tried at once."""
+
 MOST = 1 << 14
 """Rows that a call of a layer adds to its moments at most; images and sequences have many positions."""
 
@@ -85,11 +91,14 @@ def _best(weight: Tensor, products: tuple[Tensor, Tensor, Tensor], bits: int) ->
     made = nearest(weight / best, bits) * best
     least = missed(made, products)
     start = scaled(solved.float(), bits, (2,))[1]
-    for scale in (start * share for share in SHARES):
-        found = _spread(solved[:, :, order], factor, scale, bits)[:, :, order.argsort()]
-        loss = missed(found, products)
-        better = loss < least
-        best, made, least = torch.where(better, scale, best), torch.where(better, found, made), torch.where(better, loss, least)
+    back, together = order.argsort(), max(1, MANY // weight.numel())
+    for scales in torch.split(torch.stack([start * share for share in SHARES]), together):
+        for scale, spread in zip(scales, _spread(solved[:, :, order], factor, scales, bits), strict=True):
+            found = spread[:, :, back]
+            loss = missed(found, products)
+            better = loss < least
+            best, made = torch.where(better, scale, best), torch.where(better, found, made)
+            least = torch.where(better, loss, least)
     return made, best
 
 
@@ -99,15 +108,22 @@ def missed(weight: Tensor, products: tuple[Tensor, Tensor, Tensor]) -> Tensor:
     return ((weight @ xx - 2 * yx) * weight).sum(2, keepdim=True) + yy
 
 
-def _spread(weight: Tensor, factor: Tensor, scale: Tensor, bits: int) -> Tensor:
-    """Weights rounded input by input, each error spread over the inputs that follow.
+def _spread(weight: Tensor, factor: Tensor, scales: Tensor, bits: int) -> Tensor:
+    """Weights rounded at each of the scales, [scales, groups, outputs, n]: input by input, each error spread over the rest.
 
-    Row k of the factor, the upper Cholesky factor of the inverse, is what input k says of those after it.
+    Row k of the factor, the upper Cholesky factor of the inverse, is what input k says of those after it. Errors reach the
+    inputs beyond a block of neighbours by one product for all of the block: the same sums, in fewer and larger steps.
     """
-    left, made = weight.clone(), torch.empty_like(weight)
-    for k in range(weight.shape[2]):
-        column = left[:, :, k : k + 1]
-        made[:, :, k : k + 1] = nearest(column / scale, bits) * scale
-        error = (column - made[:, :, k : k + 1]) / factor[:, k, k].reshape(-1, 1, 1)
-        left[:, :, k:] -= error * factor[:, k : k + 1, k:]
-    return made
+    n, steps = weight.shape[2], scales.squeeze(3)
+    left = weight.permute(2, 0, 1).unsqueeze(1).repeat(1, len(scales), 1, 1)  # an input's weights lie together
+    made, told = torch.empty_like(left), factor.permute(1, 2, 0).unsqueeze(2).unsqueeze(4)  # [k, n, 1, groups, 1]
+    for begin in range(0, n, BLOCK):
+        end = min(begin + BLOCK, n)
+        errors = []
+        for k in range(begin, end):
+            made[k] = nearest(left[k] / steps, bits) * steps
+            errors.append((left[k] - made[k]) / told[k, k])
+            left[k:end] -= told[k, k:end] * errors[-1]
+        if end < n:
+            left[end:] -= torch.einsum("gbn,bsgo->nsgo", factor[:, begin:end, end:], torch.stack(errors))
+    return made.permute(1, 2, 3, 0)
