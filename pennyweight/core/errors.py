@@ -75,10 +75,12 @@ class TooLarge(RequestError):
 
 
 class Overloaded(RequestError):
-    """The queue is full or the deadline cannot be met; try again after ``retry_after`` seconds."""
+    """The queue is full, the deadline cannot be met or a quota is spent; try again after ``retry_after`` seconds."""
 
     status: ClassVar[int] = 429
 
-    def __init__(self, message: str, retry_after: float = 1.0) -> None:
+    def __init__(self, message: str, retry_after: float = 1.0, reason: str = "") -> None:
         super().__init__(message)
         self.retry_after = retry_after
+        self.reason = reason
+        """``late``, ``full``, ``quota`` or ``guard``: what sheds are counted by."""

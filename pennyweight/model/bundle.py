@@ -178,7 +178,9 @@ class Policy:
             if len(set(names)) < len(names):
                 raise ConfigError(f"{what} {', '.join(names)}: each name may stand once")
         if self.variants and not self.variants[0].within:
-            raise ConfigError(f"the best variant, {self.variants[0].name!r}, is not within the margin; put first what is proven")
+            raise ConfigError(
+                f"the best variant, {self.variants[0].name!r}, is not within the margin; put first what is proven"
+            )
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

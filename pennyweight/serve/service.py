@@ -73,7 +73,7 @@ class Service:
         known = self.lookup.known(ask.user)
         by = self._by(known, history)
         query = Query(self._asker(ask, history), history, by, hidden=hidden, count=max(CANDIDATES, ask.k))
-        ranked = (await self.batcher.submit(query)).top(ask.k)
+        ranked = (await self.batcher.submit(query, query.count)).top(ask.k)
         shown = [self.lookup.item(i) for i in history[:-11:-1].tolist()]
         return m.Recommendations(ask.user, known, by, shown, self.lookup.scored(ranked.items, ranked.scores))
 
@@ -86,7 +86,7 @@ class Service:
         items, liked = self.lookup.ids(ask.items), self.lookup.liked(ask.liked)
         state = await self._state(ask.user)
         history = np.concatenate([state.history, liked])
-        ranked = await self.batcher.submit(Query(self._asker(ask, history), history, items=items))
+        ranked = await self.batcher.submit(Query(self._asker(ask, history), history, items=items), len(items))
         return m.Scores(ask.user, self.lookup.known(ask.user), ranked.scores.tolist())
 
     async def events(self, given: m.Event | list[m.Event]) -> m.Stored:

@@ -1,4 +1,4 @@
-"""The queue with a clock that only the test moves; the asyncio part with a thread that only the test lets go."""
+"""The scheduler in an event loop, over a model in a thread that only the test lets go."""
 
 import asyncio
 import threading
@@ -9,96 +9,7 @@ import pytest
 
 from pennyweight.core.errors import Overloaded
 from pennyweight.model.bundle import Policy
-from pennyweight.schedule.batcher import Batcher, Queue
-
-
-class Clock:
-    now = 100.0
-
-    def __call__(self) -> float:
-        return self.now
-
-
-@pytest.fixture
-def clock() -> Clock:
-    return Clock()
-
-
-def values(batch: Sequence[object]) -> list[object]:
-    return [waiting.value for waiting in batch]  # type: ignore[attr-defined]
-
-
-def test_without_joining_each_runs_alone_and_at_once_in_order(clock: Clock) -> None:
-    queue = Queue[str](Policy(batch=1, wait_ms=50), clock)
-    assert queue.take() == [] and queue.due is None
-    queue.offer("a")
-    queue.offer("b")
-    assert queue.due == clock.now
-    assert values(queue.take()) == ["a"]
-    assert values(queue.take()) == ["b"]
-    assert queue.take() == []
-
-
-def test_the_first_waits_for_others_until_its_wait_is_over(clock: Clock) -> None:
-    queue = Queue[str](Policy(batch=3, wait_ms=10), clock)
-    queue.offer("a")
-    clock.now += 0.006
-    queue.offer("b")
-    assert queue.take() == []
-    assert queue.due == pytest.approx(100.010)
-    clock.now = 100.010
-    assert values(queue.take()) == ["a", "b"]
-
-
-def test_a_full_batch_waits_for_nobody_and_leaves_the_rest(clock: Clock) -> None:
-    queue = Queue[int](Policy(batch=3, wait_ms=10), clock)
-    for i in range(4):
-        queue.offer(i)
-    assert values(queue.take()) == [0, 1, 2]
-    assert queue.take() == []
-    assert values(queue.take(hurry=True)) == [3]
-
-
-def test_one_more_than_the_queue_holds_is_refused_with_when_to_come_back(clock: Clock) -> None:
-    queue = Queue[int](Policy(queue=4), clock)
-    queue.ran(2, 1.0)
-    for i in range(4):
-        queue.offer(i)
-    with pytest.raises(Overloaded, match="4 requests wait, and the queue holds 4") as refused:
-        queue.offer(4)
-    assert refused.value.retry_after == pytest.approx(2.0)
-    assert len(queue) == 4
-
-
-def test_only_those_past_their_deadline_are_late(clock: Clock) -> None:
-    queue = Queue[str](Policy(deadline_ms=100), clock)
-    queue.offer("a")
-    clock.now += 0.06
-    queue.offer("b")
-    assert queue.late() == [] and queue.expires == pytest.approx(100.1)
-    clock.now = 100.1
-    assert values(queue.late()) == ["a"]
-    assert queue.expires == pytest.approx(100.16)
-    assert values(queue.take()) == ["b"]
-
-
-def test_a_client_that_left_is_not_run(clock: Clock) -> None:
-    queue = Queue[str](Policy(), clock)
-    left = queue.offer("a")
-    queue.offer("b")
-    queue.drop(left)
-    queue.drop(left)
-    assert values(queue.take()) == ["b"]
-
-
-def test_learns_what_a_request_takes(clock: Clock) -> None:
-    queue = Queue[str](Policy(), clock)
-    queue.offer("a")
-    queue.ran(4, 4.0)
-    assert queue.drain == pytest.approx(1.0)
-    for _ in range(100):
-        queue.ran(1, 3.0)
-    assert queue.drain == pytest.approx(3.0, rel=1e-3)
+from pennyweight.schedule.batcher import Batcher
 
 
 class Gate:

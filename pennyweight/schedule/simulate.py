@@ -1,0 +1,352 @@
+"""A trace replayed through the scheduler that is shipped, on workers that are modelled.
+
+Only two things are invented here: how long a forward takes (a true cost curve, times a residual) and how the clock moves
+(a heap of events). Who is admitted, batched, split, served by which model is ``Scheduler`` itself, the same object as in the
+server, so a setting that is tuned here is the setting that is deployed. Nothing sleeps: an hour of traffic is minutes.
+
+What it does not know: the front process's own time, caches that a neighbour fills, garbage collectors. Quote its figures
+where a live run of the same trace agrees.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import heapq
+import math
+from collections.abc import Sequence
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+from scipy.optimize import linprog
+
+from pennyweight.core.curve import Curve
+from pennyweight.core.errors import ConfigError, Overloaded
+from pennyweight.data.requests import Arrivals
+from pennyweight.model.bundle import Policy, Variant
+from pennyweight.schedule.scheduler import USUAL, Batch, Knobs, Scheduler
+
+Array = npt.NDArray[np.float64]
+Fate = Literal["answered", "late", "full", "quota", "guard", "expired", "poison", "lost"]
+FATES: tuple[Fate, ...] = ("answered", "late", "full", "quota", "guard", "expired", "poison", "lost")
+"""What became of a request. ``late`` to ``guard`` were refused at arrival, ``expired`` while waiting, ``poison`` after two
+deaths; ``lost`` would be a fault of the scheduler's."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Fault:
+    """Something that happens to a worker."""
+
+    at: float
+    """Seconds from the start."""
+    what: Literal["kill", "slow", "pause"]
+    """It dies; it becomes slower; it takes nothing new, as while it loads another bundle."""
+    worker: int = 0
+    seconds: float = 1.0
+    """Until it is back."""
+    factor: float = 3.0
+    """How much slower."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Fleet:
+    """Workers as they truly are."""
+
+    workers: int = 2
+    device: str = "cpu"
+    curves: tuple[Curve, ...] = ()
+    """What each of the policy's variants truly takes; what the policy says by default."""
+    speeds: tuple[float, ...] = ()
+    """Each worker's time over the curve's; 1 by default."""
+    noise: float = 0.05
+    """Standard deviation of the logarithm of a forward's time."""
+    residuals: tuple[float, ...] = ()
+    """Measured over predicted times to draw from, in place of ``noise``."""
+    faults: tuple[Fault, ...] = ()
+    overhead_s: float = 0.0
+    """Seconds between a worker's answer and its next start: the front's part."""
+
+    def true(self, policy: Policy) -> tuple[Curve, ...]:
+        """The curve of each variant.
+
+        Raises:
+            ConfigError: neither the fleet nor the policy says what a variant takes.
+        """
+        if self.curves:
+            return self.curves
+        missing = [v.name for v in policy.variants if self.device not in v.costs]
+        if missing or not policy.variants:
+            raise ConfigError(
+                f"nothing says what {', '.join(map(repr, missing)) or 'the model'} takes on {self.device!r}; "
+                "profile the bundle, or give the fleet curves"
+            )
+        return tuple(v.costs[self.device] for v in policy.variants)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Replay:
+    """What came of each request of a trace, in its order."""
+
+    trace: Arrivals
+    policy: Policy
+    workers: int
+    fate: npt.NDArray[np.int8]
+    """Places in ``FATES``."""
+    latency: Array
+    """Seconds from when it was due to its answer; infinite without one."""
+    deadline: Array
+    """Seconds it had."""
+    variant: npt.NDArray[np.int8]
+    """The policy's variant that answered it; -1 for none."""
+    answers: npt.NDArray[np.int8]
+    """How often it was answered: 1, or 0 where it was refused."""
+    busy_s: float
+    """Device-seconds spent."""
+    hedged_s: float
+    """Device-seconds of work done twice."""
+    capacity: float
+    """Requests a second that the best variant can do, at this trace's sizes, in full batches."""
+    fluid: float
+    """Effective quality that no scheduler passes (see ``fluid``)."""
+
+    @property
+    def in_time(self) -> npt.NDArray[np.bool_]:
+        """Whether each request was answered within its deadline."""
+        return self.latency <= self.deadline
+
+    @property
+    def on_time(self) -> float:
+        """Share of all requests, those refused included."""
+        return float(self.in_time.mean())
+
+    @property
+    def on_time_items(self) -> float:
+        """The same, weighted by items: admission likes small requests, and this shows it."""
+        return float((self.in_time * self.trace.items).sum() / self.trace.items.sum())
+
+    @property
+    def work_over_capacity(self) -> float:
+        """On-time work over what the best variant could do at most in that time."""
+        return float((self.in_time * self.trace.items).sum() / (self.capacity * self.trace.items.mean() * self.trace.seconds))
+
+    @property
+    def quality(self) -> float:
+        """Effective quality, averaged over all requests: 1 less the answering variant's gap if it is on time, else 0."""
+        gaps = np.array([*(v.gap for v in self.policy.variants or (Variant(""),)), 1.0])
+        return float(((1 - gaps[self.variant]) * self.in_time).mean())
+
+    @property
+    def quality_gap(self) -> float:
+        """What effective quality lacks of the fluid optimum."""
+        return self.fluid - self.quality
+
+    @property
+    def sheds(self) -> dict[str, int]:
+        """How many were refused, by reason."""
+        counts = np.bincount(self.fate, minlength=len(FATES))
+        return {name: int(n) for name, n in zip(FATES, counts, strict=True) if n and name != "answered"}
+
+    @property
+    def mix(self) -> dict[str, float]:
+        """Share of the answers each variant gave."""
+        given = self.variant[self.variant >= 0]
+        names = [v.name for v in self.policy.variants] or [""]
+        return {name: float((given == k).mean()) if len(given) else 0.0 for k, name in enumerate(names)}
+
+    def percentile(self, q: float, *, answered: bool = True) -> float:
+        """Milliseconds within which ``q`` percent were answered: of those answered, or of all."""
+        times = self.latency[np.isfinite(self.latency)] if answered else self.latency
+        return float(1000 * np.percentile(times, q, method="higher")) if len(times) else math.inf
+
+    def by(self, column: Literal["priority", "tenant"]) -> dict[str, float]:
+        """On-time share by class or by tenant."""
+        names = self.trace.priorities if column == "priority" else self.trace.tenants
+        places = getattr(self.trace, column)
+        return {name: float(self.in_time[places == k].mean()) for k, name in enumerate(names) if (places == k).any()}
+
+    def by_size(self) -> list[float]:
+        """On-time share by quartile of items, the smallest first."""
+        order = np.argsort(self.trace.items, kind="stable")
+        return [float(self.in_time[part].mean()) for part in np.array_split(order, 4) if len(part)]
+
+    def between(self, start: float, stop: float) -> float:
+        """On-time share of the requests due between two moments."""
+        within = (self.trace.at >= start) & (self.trace.at < stop)
+        return float(self.in_time[within].mean()) if within.any() else 1.0
+
+
+def capacity(policy: Policy, curves: Sequence[Curve], trace: Arrivals, workers: int, variant: int = 0) -> float:
+    """Requests a second that so many workers can do by a variant, in the largest batches that end within the deadline."""
+    curve, mean = curves[variant], float(trace.items.mean())
+    limit = (policy.variants[variant].batch if policy.variants else 0) or policy.batch
+    fits = [n for n in range(1, limit + 1) if n == 1 or curve.ms(n, round(n * mean)) <= policy.deadline_ms]
+    return workers * max(1000 * n / (curve.fixed_ms + n * (curve.request_ms + curve.item_ms * mean)) for n in fits)
+
+
+def fluid(policy: Policy, curves: Sequence[Curve], trace: Arrivals, workers: int) -> float:
+    """The effective quality that no scheduler passes: work as a fluid, sizes and the mean rate known, queues for free.
+
+    A linear program: which share of each decile of sizes is answered by which variant, or not at all, with as much device
+    time as there is. Being told sizes makes it a higher bound than the one that knows their mean alone, since the small ones
+    can then have the best model.
+    """
+    variants = policy.variants or (Variant(""),)
+    parts = [p for p in np.array_split(np.sort(trace.items), 10) if len(p)]
+    rate = len(trace) / trace.seconds
+    costs, gains = [], []
+    for part in parts:
+        share = len(part) / len(trace)
+        for variant, curve in zip(variants, curves, strict=True):
+            batch = variant.batch or policy.batch
+            ms = curve.fixed_ms / batch + curve.request_ms + curve.item_ms * float(part.mean())
+            costs.append(rate * share * ms / 1000)
+            gains.append(share * (1 - variant.gap))
+    each = np.kron(np.eye(len(parts)), np.ones(len(variants)))
+    limits = np.concatenate([[float(workers)], np.ones(len(parts))])
+    solved = linprog(-np.array(gains), A_ub=np.vstack([costs, each]), b_ub=limits, method="highs")
+    return float(-solved.fun)
+
+
+def simulate(policy: Policy, trace: Arrivals, fleet: Fleet, *, seed: int = 0, knobs: Knobs = USUAL) -> Replay:
+    """Replay a trace.
+
+    Args:
+        policy: as in the bundle; its variants' costs are what the scheduler starts from.
+        trace: when requests come.
+        fleet: the workers as they truly are.
+        seed: of the residuals.
+        knobs: how the scheduler weighs.
+
+    Raises:
+        ConfigError: nothing says what a variant takes, or a fault names a worker that is not there.
+    """
+    return _Run(policy, trace, fleet, seed, knobs).run()
+
+
+class _Run:
+    """The clock, the events, and what is written down."""
+
+    def __init__(self, policy: Policy, trace: Arrivals, fleet: Fleet, seed: int, knobs: Knobs) -> None:
+        self.policy, self.trace, self.fleet = policy, trace, fleet
+        self.curves = fleet.true(policy)
+        if fleet.workers < 1 or any(not 0 <= f.worker < fleet.workers for f in fleet.faults):
+            raise ConfigError(f"a fleet of {fleet.workers} workers, faults at {[f.worker for f in fleet.faults]}; count from 0")
+        self.now = 0.0
+        self.scheduler = Scheduler(policy, lambda: self.now, knobs)
+        self.rng = np.random.default_rng(seed)
+        self.factors: list[float] = []
+        self.slow = list(fleet.speeds or [1.0] * fleet.workers)
+        self.events: list[tuple[float, int, str, object]] = []
+        self.count = 0
+        self.alarm = math.inf
+        n = len(trace)
+        self.fate = np.full(n, FATES.index("lost"), np.int8)
+        self.latency = np.full(n, math.inf)
+        self.deadline = np.zeros(n)
+        self.variant = np.full(n, -1, np.int8)
+        self.answers = np.zeros(n, np.int8)
+        self.busy = 0.0
+        known = {c.name: (c.deadline_ms or policy.deadline_ms) / 1000 for c in policy.classes}
+        for place, name in enumerate(trace.priorities):
+            if name and name not in known:
+                raise ConfigError(f"the trace has class {name!r}; the policy knows {', '.join(known) or 'no classes'}")
+            self.deadline[trace.priority == place] = known.get(name, next(iter(known.values()), policy.deadline_ms / 1000))
+
+    def run(self) -> Replay:
+        """Until every event is over."""
+        trace, scheduler = self.trace, self.scheduler
+        for w in range(self.fleet.workers):
+            scheduler.join(str(w), self.fleet.device)
+        for fault in self.fleet.faults:
+            self._at(fault.at, fault.what, fault)
+        at, items = trace.at.tolist(), trace.items.tolist()
+        ranks, tenants = trace.priority.tolist(), trace.tenant.tolist()
+        place, total = 0, len(at)
+        while place < total or self.events:
+            if place < total and (not self.events or at[place] <= self.events[0][0]):
+                self.now = at[place]
+                try:
+                    scheduler.offer(
+                        place, items[place], priority=trace.priorities[ranks[place]], tenant=trace.tenants[tenants[place]]
+                    )
+                except Overloaded as refused:
+                    self.fate[place] = FATES.index(refused.reason)
+                    place += 1
+                    continue
+                place += 1
+            else:
+                self.now, _, what, value = heapq.heappop(self.events)
+                getattr(self, f"_{what}")(value)
+            self._pump()
+        return Replay(
+            trace, self.policy, self.fleet.workers, self.fate, self.latency, self.deadline, self.variant, self.answers,
+            self.busy, scheduler.hedged, capacity(self.policy, self.curves, trace, self.fleet.workers),
+            fluid(self.policy, self.curves, trace, self.fleet.workers),
+        )  # fmt: skip
+
+    def _at(self, time: float, what: str, value: object) -> None:
+        self.count += 1
+        heapq.heappush(self.events, (time, self.count, what, value))
+
+    def _pump(self) -> None:
+        for batch in self.scheduler.dispatch():
+            took = self._takes(batch)
+            self._at(self.now + took, "done", (batch, took))
+        for ticket in self.scheduler.late():
+            self.fate[ticket.value] = FATES.index("expired")
+        due = self.scheduler.due()
+        if due is not None and due < self.alarm:
+            self.alarm = max(due, self.now)
+            self._at(self.alarm, "tick", None)
+
+    def _tick(self, _: object) -> None:
+        self.alarm = math.inf
+
+    def _takes(self, batch: Batch) -> float:
+        """Seconds a batch truly takes."""
+        if not self.factors:
+            drawn = (
+                self.rng.choice(self.fleet.residuals, 4096)
+                if self.fleet.residuals
+                else self.rng.lognormal(0, self.fleet.noise, 4096)
+            )
+            self.factors = drawn.tolist()
+        ms = self.curves[batch.variant].ms(len(batch.pieces), batch.items)
+        return ms / 1000 * self.factors.pop() * self.slow[int(batch.worker.name)] + self.fleet.overhead_s
+
+    def _done(self, value: tuple[Batch, float]) -> None:
+        batch, took = value
+        if batch.worker.batch is not batch:
+            return  # it died with its worker
+        self.busy += took
+        for ticket in self.scheduler.done(batch, took):
+            self.fate[ticket.value] = 0
+            self.latency[ticket.value] = self.now - ticket.arrived
+            self.variant[ticket.value] = ticket.level
+            self.answers[ticket.value] += 1
+
+    def _kill(self, fault: Fault) -> None:
+        name = str(fault.worker)
+        if name in self.scheduler.workers:
+            for ticket in self.scheduler.died(name):
+                self.fate[ticket.value] = FATES.index("poison")
+            self._at(self.now + fault.seconds, "back", fault)
+
+    def _back(self, fault: Fault) -> None:
+        self.scheduler.join(str(fault.worker), self.fleet.device)
+
+    def _slow(self, fault: Fault) -> None:
+        self.slow[fault.worker] *= fault.factor
+        self._at(self.now + fault.seconds, "recover", fault)
+
+    def _recover(self, fault: Fault) -> None:
+        self.slow[fault.worker] /= fault.factor
+
+    def _pause(self, fault: Fault) -> None:
+        if str(fault.worker) in self.scheduler.workers:
+            self.scheduler.pause(str(fault.worker))
+            self._at(self.now + fault.seconds, "resume", fault)
+
+    def _resume(self, fault: Fault) -> None:
+        if str(fault.worker) in self.scheduler.workers:
+            self.scheduler.resume(str(fault.worker))
