@@ -167,7 +167,7 @@ class Embeddings(nn.Module):
     def over(self, matrix: nn.Parameter) -> Embeddings:
         """The same looked up in a matrix of which each table is a view already; its gradient is sparse."""
         starts = {name: t.get_parameter("weight").storage_offset() // matrix.shape[1] for name, t in self.tables.items()}
-        rows = nn.Embedding(*matrix.shape, _weight=matrix, sparse=True)
+        rows = nn.Embedding(len(matrix), matrix.shape[1], _weight=matrix, sparse=True)
         rows.weight = matrix
         return _Fused(rows, starts, self.lookup, self.width)
 

@@ -7,6 +7,10 @@ the same bits as one that was not.
 
 The weights as given are judged first, as epoch 0: fine-tuning that only harms gives back what it was given, and a
 deadline or Ctrl-C at any moment leaves the best so far in the module. The cost is one pass over the validation rows.
+
+Half of a step on a CPU used to be spent beside the matrix products: on memory that is freed and faulted in again
+(``core/memory``), on dropout (``model/layers``), on tables visited whole (``model/sparse``). ``torch.compile`` of the loss was
+tried: on two cores it took a minute to build, and the step it gave was no faster than these.
 """
 
 from __future__ import annotations
@@ -30,12 +34,15 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.optim.adam import adam
 
+from pennyweight.core import memory
 from pennyweight.core.config import dumps, encode, loads, write
 from pennyweight.core.errors import ConfigError, DataError
 from pennyweight.data.dataset import Dataset
 from pennyweight.data.schema import FIRST, Column, Schema
-from pennyweight.model import losses, metrics
+from pennyweight.model import losses, metrics, sparse
 from pennyweight.model.metrics import METRICS, Lists, Ranked
+from pennyweight.model.mixed import Halved
+from pennyweight.model.sparse import Sparse
 from pennyweight.model.spec import Batch, call
 from pennyweight.model.tables import Table
 
@@ -86,6 +93,14 @@ class Recipe:
     """Softens the teacher's and the student's probabilities."""
     dealt: float = 0.0
     """Weight of the teacher's outputs on pairs nobody labelled: a batch's items dealt anew to its users (needs items)."""
+    tables: Literal["dense", "auto", "adagrad", "lazy-adam", "sgd"] = "dense"
+    """``dense`` trains tables as the rest, all rows at every step. The others train the rows a batch touches and leave the rest
+    alone, also ``embedding_l2``: row-wise Adagrad, Adam whose moments wait, plain SGD (see ``model/sparse``). ``auto`` is dense
+    for tables of less than 2**24 numbers together, above that ``lazy-adam``, ``adagrad`` or ``sgd``, whichever is like
+    ``optimizer``."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Of the matrix products of dense layers in training; weights, sums and all else are fp32 (see ``model/mixed``). On a
+    processor with bfloat16 instructions ``bf16`` is faster, the more so the wider the layers."""
 
     def __post_init__(self) -> None:
         for name, low in (("lr", 0.0), ("batch", 1), ("epochs", 1), ("patience", 1), ("lr_decay", 0.0), ("temperature", 0.0)):
@@ -185,10 +200,11 @@ def fit(
     loss = _loss(module, taught, recipe, inputs, teacher if recipe.dealt else batchwise)
     judge = _judge(train, valid, recipe, inputs)
     identity = "" if checkpoint is None else dumps([encode(recipe), seed, train.fingerprint, _shapes(module)])
-    with torch.random.fork_rng(devices=[]), _interrupts() as interrupted:
+    with torch.random.fork_rng(devices=[]), memory.kept(), _interrupts() as interrupted:
         torch.manual_seed(seed)
-        run = _Run(module, taught, recipe, seed, loss, judge, checkpoint, identity, progress, began, deadline_s, interrupted)
-        return run.go()
+        with Learner(module, loss, recipe) as learner:
+            run = _Run(learner, taught, seed, judge, checkpoint, identity, progress, began, deadline_s, interrupted)
+            return run.go()
 
 
 def scores(module: nn.Module, dataset: Dataset, *, inputs: Sequence[str] = (), batch: int = 8192) -> NDArray[np.float32]:
@@ -329,12 +345,19 @@ def _judge(train: Dataset, valid: Dataset, recipe: Recipe, inputs: Sequence[str]
     return judge
 
 
-def optimizer(module: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
-    """The recipe's optimizer over the parameters that want a gradient: tables and the rest, each with its own decay."""
+def optimizer(module: nn.Module, recipe: Recipe, without: Sequence[nn.Parameter] = ()) -> torch.optim.Optimizer | None:
+    """The recipe's optimizer over the parameters that want a gradient: tables and the rest, each with its own decay.
+
+    None if all of them are in ``without``, which somebody else trains.
+    """
     tables = {id(p) for m in module.modules() if Table.of(m) is not None for p in m.parameters()}
     wanted = [p for p in module.parameters() if p.requires_grad]
     if not wanted:
         raise ConfigError(f"{type(module).__name__} has no parameter that can be trained; build it with copy=True")
+    others = set(map(id, without))
+    wanted = [p for p in wanted if id(p) not in others]
+    if not wanted:
+        return None
     groups = [
         {"params": [p for p in wanted if id(p) in tables], "weight_decay": recipe.embedding_l2},
         {"params": [p for p in wanted if id(p) not in tables], "weight_decay": recipe.weight_decay},
@@ -398,6 +421,87 @@ class _Stepper:
         )
 
 
+class Learner:
+    """A module while it is trained, in a ``with``: the loss of a batch, its gradients, and who moves what along them.
+
+    Tables of which only touched rows are trained, and layers that multiply in bfloat16, are lent for as long
+    (``recipe.tables``, ``recipe.precision``).
+    """
+
+    def __init__(self, module: nn.Module, loss: losses.Loss, recipe: Recipe) -> None:
+        self.module, self.loss, self.recipe = module, loss, recipe
+
+    def __enter__(self) -> Learner:
+        kind = _kind(self.module, self.recipe)
+        self.sparse = None if kind == "dense" else Sparse(self.module, kind, self.recipe.embedding_l2)
+        self.halved = Halved(self.module) if self.recipe.precision == "bf16" else None
+        try:
+            self.optimizer = optimizer(self.module, self.recipe, self.sparse.parameters if self.sparse else ())
+        except ConfigError:
+            self.__exit__()
+            raise
+        self.stepper = None if self.optimizer is None else _Stepper(self.optimizer)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for lent in (self.sparse, self.halved):
+            if lent is not None:
+                lent.release()
+
+    def learn(self, batch: Batch, lr: float) -> Tensor:
+        """One step on a batch; its mean loss before it, to be read once there is no hurry."""
+        if self.stepper is not None:
+            self.stepper.clear()
+        if self.sparse is not None:
+            self.sparse.clear()
+        loss = self.loss(batch)
+        loss.backward()  # type: ignore[no-untyped-call]
+        rows = list(self.sparse.gather()) if self.sparse is not None else []
+        scale = self._clipped(rows)
+        if self.stepper is not None:
+            self.stepper.step(lr)
+        if self.sparse is not None:
+            self.sparse.step(lr, scale)
+        return loss.detach()
+
+    def _clipped(self, rows: Sequence[Tensor]) -> float:
+        """Shorten the gradients of all but ``rows`` to the recipe's norm, counting both; by how much ``rows`` are to be."""
+        if not self.recipe.clip:
+            return 1.0
+        if self.sparse is None:
+            nn.utils.clip_grad_norm_(self.module.parameters(), self.recipe.clip)
+            return 1.0
+        own = [p.grad for p in (self.stepper.params if self.stepper else ()) if p.grad is not None]
+        norm = nn.utils.get_total_norm([*own, *rows])
+        scale = min(1.0, self.recipe.clip / (norm.item() + 1e-6))
+        for gradient in own:
+            gradient.mul_(scale)
+        return scale
+
+    def state(self) -> dict[str, Tensor]:
+        """What the optimizers remember, by name."""
+        held = {} if self.optimizer is None else self.optimizer.state_dict()["state"]
+        state = {f"optimizer.{i}.{k}": v for i, kept in held.items() for k, v in kept.items() if isinstance(v, Tensor)}
+        return state | ({} if self.sparse is None else {f"tables.{k}": v for k, v in self.sparse.state().items()})
+
+    def restore(self, tensors: Mapping[str, Tensor]) -> None:
+        """Go on from such a state."""
+        if self.optimizer is not None:
+            state = _by_parameter(_under("optimizer.", tensors))
+            self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": state})
+        if self.sparse is not None:
+            self.sparse.restore(_under("tables.", tensors))
+
+
+def _kind(module: nn.Module, recipe: Recipe) -> str:
+    """How tables are trained: ``dense``, or by the rows that are touched and how."""
+    if recipe.tables != "auto":
+        return recipe.tables
+    if sparse.numbers(module) < sparse.LARGE:
+        return "dense"
+    return {"adam": "lazy-adam", "adamw": "lazy-adam"}.get(recipe.optimizer, recipe.optimizer)
+
+
 @dataclasses.dataclass(frozen=True)
 class _State:
     """Where a training is, apart from its tensors."""
@@ -421,15 +525,13 @@ class _State:
 
 
 class _Run:
-    """One training: the module, its optimizer, and what must be kept to go on exactly."""
+    """One training: the module, what trains it, and what must be kept to go on exactly."""
 
     def __init__(
         self,
-        module: nn.Module,
+        learner: Learner,
         train: Dataset,
-        recipe: Recipe,
         seed: int,
-        loss: losses.Loss,
         judge: Callable[[nn.Module], tuple[float, float]],
         checkpoint: Path | None,
         identity: str,
@@ -438,17 +540,16 @@ class _Run:
         deadline_s: float | None,
         interrupted: threading.Event,
     ) -> None:
-        self.module, self.train, self.recipe, self.seed = module, train, recipe, seed
-        self.loss, self.judge, self.progress = loss, judge, progress
+        self.learner, self.train, self.seed = learner, train, seed
+        self.module, self.recipe = learner.module, learner.recipe
+        self.judge, self.progress = judge, progress
         self.checkpoint, self.identity = checkpoint, identity
         self.began, self.interrupted = began, interrupted
         self.deadline = math.inf if deadline_s is None else began + deadline_s
-        self.optimizer = optimizer(module, recipe)
-        self.stepper = _Stepper(self.optimizer)
         # Batch norm cannot train on a single row: one left over at the end of an epoch waits for the next shuffle.
-        self.drop_last = len(train) % recipe.batch == 1 and len(train) > recipe.batch
-        self.steps = -(-len(train) // recipe.batch) - self.drop_last
-        self.state = _State(lr=recipe.lr)
+        self.drop_last = len(train) % self.recipe.batch == 1 and len(train) > self.recipe.batch
+        self.steps = -(-len(train) // self.recipe.batch) - self.drop_last
+        self.state = _State(lr=self.recipe.lr)
         self.total = torch.zeros((), dtype=torch.float64)
         self.best: dict[str, Tensor] = {}
         self.judged_s = 0.0
@@ -476,7 +577,7 @@ class _Run:
         earlier = self.state.seconds
         seed = self.seed * 1_000_003 + self.state.epoch
         for batch in self.train.batches(self.recipe.batch, shuffle=True, seed=seed, start=done, drop_last=self.drop_last):
-            self._step(batch, done)
+            self.total += self.learner.learn(batch, self._rate(done))
             done += 1
             now = time.monotonic()
             if now - self.ticked > TICK_S or done == self.steps:
@@ -496,15 +597,6 @@ class _Run:
             return self.state.lr
         place = (self.state.epoch + done / self.steps) / self.recipe.epochs
         return 0.5 * self.recipe.lr * (1 + math.cos(math.pi * place))
-
-    def _step(self, batch: Batch, done: int) -> None:
-        self.stepper.clear()
-        loss = self.loss(batch)
-        loss.backward()  # type: ignore[no-untyped-call]
-        if self.recipe.clip:
-            nn.utils.clip_grad_norm_(self.module.parameters(), self.recipe.clip)
-        self.stepper.step(self._rate(done))
-        self.total += loss.detach()
 
     def _tick(self, done: int, pace: float, now: float) -> None:
         self.ticked = now
@@ -531,7 +623,11 @@ class _Run:
         sign = 1 if metrics.higher(self.recipe.selector) else -1
         better = best is None or sign * selected > sign * best
         if better:
-            self.best = {k: v.detach().clone() for k, v in self.module.state_dict().items()}
+            now = {k: v.detach() for k, v in self.module.state_dict().items()}
+            # Into the memory of the last best, so that large tables are held twice and not three times.
+            self.best = (
+                {k: self.best[k].copy_(v) for k, v in now.items()} if self.best else {k: v.clone() for k, v in now.items()}
+            )
             self.state = dataclasses.replace(self.state, best=selected, metric=metric, best_epoch=epoch)
         if epoch:
             log = EpochLog(epoch, self.total.item() / self.state.step, metric, self.state.seconds + self.judged_s)
@@ -568,8 +664,7 @@ class _Run:
             return
         tensors = {f"module.{k}": v for k, v in self.module.state_dict().items()}
         tensors |= {f"best.{k}": v for k, v in self.best.items()}
-        for i, values in self.optimizer.state_dict()["state"].items():
-            tensors |= {f"optimizer.{i}.{k}": v for k, v in values.items() if isinstance(v, Tensor)}
+        tensors |= self.learner.state()
         tensors |= {"total": self.total, "random": torch.get_rng_state()}
         held = {k: v.detach().contiguous().clone() for k, v in tensors.items()}
         write(self.checkpoint, safetensors.torch.save(held, {"state": dumps(self.state), "identity": self.identity}))
@@ -592,7 +687,7 @@ class _Run:
         self.state = loads(_State, notes["state"], f"{self.checkpoint}: state")
         self.module.load_state_dict(_under("module.", tensors))
         self.best = _under("best.", tensors)
-        self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": _by_parameter(_under("optimizer.", tensors))})
+        self.learner.restore(tensors)
         self.total = tensors["total"]
         torch.set_rng_state(tensors["random"])
         return True

@@ -1,0 +1,244 @@
+"""Tables trained by the rows a batch touches: a step costs what the batch holds, never the whole table.
+
+PyTorch's optimizers take a gradient as large as the table and visit every row at every step, at 10 million rows a thousand
+times more than a batch touches; its own remedy, ``SparseAdam``, takes one table at a time and sorts out repeated ids by a
+general routine. Here all tables of one width lie end to end in one matrix, of which each table's weight becomes a view, and
+a step is: the gradients of looked-up rows as they are (PyTorch's sparse gradients, which are only kept, never added up),
+one sort of their ids, one sum a run of equal ids (by the kernel of ``embedding_bag``), and one write of the rows there are.
+FBGEMM's fused operators are the known alternative; on a CPU these five operations of stock PyTorch take 1.2 ms for 40,960 ids
+of 16 numbers, and need nothing installed.
+
+What becomes of a row that a batch does not touch:
+
+    adagrad     nothing. Row-wise Adagrad: one number a row is kept, the sum over steps of its gradient's mean square
+                (Gupta et al. 2014; FBGEMM's ``EXACT_ROWWISE_ADAGRAD``). As a row without a gradient adds nothing to it,
+                this is exactly what visiting all rows would do
+    lazy-adam   nothing, while Adam would decay its moments and move it along them. When it is touched again its moments
+                are as they were left and bias is corrected by the number of all steps, as in ``torch.optim.SparseAdam``.
+                If every row is touched at every step, this is Adam
+    sgd         nothing; there is no momentum
+
+``embedding_l2`` is added to the gradient of the rows a batch touches, once a step, and not made up for steps a row was
+missing from: rare rows are regularized less than when all rows are visited. The padding row gets no gradient.
+
+Tables are plain ``nn.Embedding`` and ``nn.EmbeddingBag`` (sum, mean) in fp32, inside shared tables too; codebooks and
+bags of the maximum are trained with the dense layers. Where a model reads a table's weight as a matrix, its gradient is
+as large as the table, and every row counts as touched.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pennyweight.model.layers import Embeddings
+from pennyweight.model.spec import Batch
+from pennyweight.model.tables import Table
+
+LARGE = 1 << 24
+"""Numbers in all tables from which ``auto`` visits only touched rows: below, all rows at once cost a few milliseconds."""
+EPS = 1e-10
+"""Of Adagrad, as in PyTorch's."""
+BETAS, ADAM_EPS = (0.9, 0.999), 1e-8
+
+
+class Matrix:
+    """Tables of one width end to end, and what an optimizer remembers of their rows.
+
+    Args:
+        tables: modules whose weights move in here; they stay views of it.
+        kind: ``adagrad``, ``lazy-adam`` or ``sgd``.
+        l2: on touched rows.
+    """
+
+    def __init__(self, tables: Sequence[nn.Module], kind: str, l2: float) -> None:
+        weights = [t.get_parameter("weight") for t in tables]
+        self.rows = nn.Parameter(_joined(weights))
+        self.l2, self.kind, self.steps = l2, kind, 0
+        n, dim = self.rows.shape
+        kept: Mapping[str, Mapping[str, tuple[int, ...]]]
+        kept = {"adagrad": {"squares": (n,)}, "lazy-adam": {"first": (n, dim), "second": (n, dim)}, "sgd": {}}
+        self.kept = {name: torch.zeros(shape) for name, shape in kept[kind].items()}
+        self.sources: list[tuple[nn.Parameter, int]] = [(self.rows, 0), *zip(weights, map(_start, weights), strict=True)]
+        padded = [_start(w) + t.padding_idx for w, t in zip(weights, tables, strict=True) if t.padding_idx is not None]  # type: ignore[operator]
+        self.padding = torch.tensor(sorted(padded), dtype=torch.int64)
+        self.touched: tuple[Tensor, Tensor] | None = None
+
+    def clear(self) -> None:
+        """Forget the gradients."""
+        self.touched = None
+        for weight, _ in self.sources:
+            weight.grad = None
+
+    def gather(self) -> None:
+        """From the gradients of a batch to the rows it touched, rising, and the sum of each one's gradients."""
+        found = [_rows_of(w.grad, start) for w, start in self.sources if w.grad is not None]
+        if not found:
+            return
+        ids, gradients = found[0] if len(found) == 1 else (torch.cat(part) for part in zip(*found, strict=True))
+        rows, sums = summed(ids, gradients)
+        if len(self.padding):
+            place = torch.searchsorted(rows, self.padding).clamp_(max=len(rows) - 1)
+            sums.index_fill_(0, place[rows[place] == self.padding], 0.0)
+        self.touched = rows, sums
+
+    def step(self, lr: float, scale: float = 1.0) -> None:
+        """Move the touched rows along their gradients, times ``scale``."""
+        self.steps += 1
+        if self.touched is None:
+            return
+        rows, sums = self.touched
+        if scale != 1.0:
+            sums = sums * scale
+        if self.l2:
+            sums = sums.add_(self.rows.index_select(0, rows), alpha=self.l2)
+        by: Mapping[str, Callable[[Tensor, Tensor, float], Tensor]]
+        by = {"adagrad": self._adagrad, "lazy-adam": self._adam, "sgd": lambda _, g, lr: g * -lr}
+        self.rows.index_add_(0, rows, by[self.kind](rows, sums, lr))
+
+    def _adagrad(self, rows: Tensor, sums: Tensor, lr: float) -> Tensor:
+        held = self.kept["squares"]
+        squares = held.index_select(0, rows).add_(torch.linalg.vecdot(sums, sums), alpha=1 / sums.shape[1])
+        held.index_copy_(0, rows, squares)
+        return sums * squares.sqrt_().add_(EPS).reciprocal_().mul_(-lr).unsqueeze(1)
+
+    def _adam(self, rows: Tensor, sums: Tensor, lr: float) -> Tensor:
+        (a, b), first, second = BETAS, self.kept["first"], self.kept["second"]
+        m = first.index_select(0, rows).lerp_(sums, 1 - a)
+        v = second.index_select(0, rows).mul_(b).addcmul_(sums, sums, value=1 - b)
+        first.index_copy_(0, rows, m)
+        second.index_copy_(0, rows, v)
+        below = v.sqrt_().div_(math.sqrt(1 - b**self.steps)).add_(ADAM_EPS)
+        return m.div_(below).mul_(-lr / (1 - a**self.steps))
+
+
+class Sparse:
+    """The tables of a module, trained by the rows that batches touch; everything else is somebody else's.
+
+    From ``Sparse(...)`` to ``release()`` the module's tables hand out sparse gradients, and those of our ``Embeddings`` are
+    looked up at once while it trains. Weights stay where they are found by name.
+    """
+
+    def __init__(self, module: nn.Module, kind: str, l2: float) -> None:
+        self.tables = list(trained(module))
+        widths = dict.fromkeys(t.get_parameter("weight").shape[1] for t in self.tables)
+        grouped = [[t for t in self.tables if t.get_parameter("weight").shape[1] == width] for width in widths]
+        self.matrices = [Matrix(group, kind, l2) for group in grouped]
+        self.joined = [m for m in module.modules() if type(m) is Embeddings and self._hold(m)]
+        for table in self.tables:
+            table.sparse = True  # type: ignore[assignment]
+        for each in self.joined:
+            self._join(each)
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        """The weights that are trained here, as their modules hold them."""
+        return [t.get_parameter("weight") for t in self.tables]
+
+    def clear(self) -> None:
+        """Forget the gradients of a batch."""
+        for matrix in self.matrices:
+            matrix.clear()
+
+    @torch.no_grad()
+    def gather(self) -> Iterator[Tensor]:
+        """The gradients of the rows a batch touched, summed by row, a matrix at a time; needed before ``step``."""
+        for matrix in self.matrices:
+            matrix.gather()
+            if matrix.touched is not None:
+                yield matrix.touched[1]
+
+    @torch.no_grad()
+    def step(self, lr: float, scale: float = 1.0) -> None:
+        """Move the rows that were gathered."""
+        for matrix in self.matrices:
+            matrix.step(lr, scale)
+
+    def state(self) -> dict[str, Tensor]:
+        """What to keep to go on exactly, by name."""
+        held = {f"{i}.{name}": t for i, m in enumerate(self.matrices) for name, t in m.kept.items()}
+        return {**held, **{f"{i}.steps": torch.tensor(m.steps) for i, m in enumerate(self.matrices)}}
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        """Go on from such a state."""
+        for i, matrix in enumerate(self.matrices):
+            for name, tensor in matrix.kept.items():
+                tensor.copy_(state[f"{i}.{name}"])
+            matrix.steps = int(state[f"{i}.steps"])
+
+    def release(self) -> None:
+        """Leave the module as it was found; its tables stay views of one matrix."""
+        for table in self.tables:
+            table.sparse = False  # type: ignore[assignment]
+        for each in self.joined:
+            each.__dict__.pop("forward", None)
+        self.clear()
+
+    def _hold(self, module: Embeddings) -> bool:
+        """Whether all tables of a group of lookups are trained here."""
+        known = set(map(id, self.tables))
+        return all(id(t) in known for t in module.tables.values()) and len(module.tables) > 0
+
+    def _join(self, module: Embeddings) -> None:
+        weight = next(iter(module.tables.values())).get_parameter("weight")
+        matrix = next(m for m in self.matrices if any(weight is w for w, _ in m.sources))
+        whole = module.over(matrix.rows)
+
+        def forward(batch: Batch) -> Tensor:
+            flat: Tensor = whole(batch) if module.training else Embeddings.forward(module, batch)
+            return flat
+
+        module.__dict__["forward"] = forward
+
+
+def trained(module: nn.Module) -> Iterator[nn.Module]:
+    """The tables of a module that can be trained by touched rows, each weight once."""
+    seen = set()
+    for table in module.modules():
+        if not isinstance(table, (nn.Embedding, nn.EmbeddingBag)) or Table.of(table) is None:
+            continue
+        plain = not table.scale_grad_by_freq and table.max_norm is None and getattr(table, "mode", "sum") != "max"
+        if plain and table.weight.requires_grad and id(table.weight) not in seen and table.weight.device.type == "cpu":
+            seen.add(id(table.weight))
+            yield table
+
+
+def numbers(module: nn.Module) -> int:
+    """Numbers in the tables that can be trained by touched rows."""
+    return sum(t.get_parameter("weight").numel() for t in trained(module))
+
+
+def summed(ids: Tensor, gradients: Tensor) -> tuple[Tensor, Tensor]:
+    """Distinct ids, rising, and for each the sum [U, D] of its rows of ``gradients`` [n, D] in the order they stand in."""
+    order, place = ids.sort(stable=True)
+    rows, counts = torch.unique_consecutive(order, return_counts=True)
+    return rows, F.embedding_bag(place, gradients, counts.cumsum(0) - counts, mode="sum")
+
+
+def _joined(weights: Sequence[nn.Parameter]) -> Tensor:
+    """One matrix with the rows of all; each weight becomes a view of it, one at a time, so that no more is held twice."""
+    rows = torch.empty(sum(len(w) for w in weights), weights[0].shape[1])
+    at = 0
+    for weight in weights:
+        part = rows[at : at + len(weight)]
+        part.copy_(weight.data)
+        weight.data = part
+        at += len(weight)
+    return rows
+
+
+def _start(weight: Tensor) -> int:
+    return weight.storage_offset() // weight.shape[1]
+
+
+def _rows_of(gradient: Any, start: int) -> tuple[Tensor, Tensor]:
+    """The rows of the matrix that a gradient speaks of, repeated as it does, and its numbers [n, D]."""
+    if gradient.is_sparse:
+        ids = gradient._indices()[0]
+        return ids + start if start else ids, gradient._values().contiguous()
+    return torch.arange(start, start + len(gradient)), gradient
