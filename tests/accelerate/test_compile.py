@@ -146,7 +146,7 @@ def test_a_plain_form_that_is_another_model_is_refused(monkeypatch: pytest.Monke
     torch.manual_seed(0)
     module = nn.Sequential(Lying(3, 2))
     monkeypatch.setattr(engines, "_graph", lambda *_: b"")
-    monkeypatch.setattr(engines, "_check", lambda *_: None)
+    monkeypatch.setattr(engines, "_check", lambda *_, **__: None)
     monkeypatch.setattr(Exported, "scorer", lambda self, threads: None)
     with pytest.raises(DeviceError, match=r"the plain form of the model differs by 0\.\d+ on average.*10% of that"):
         export(module, {"x": torch.randn(4, 3)}, ("x",))
