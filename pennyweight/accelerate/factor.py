@@ -34,8 +34,8 @@ from torch import Tensor, fx, nn
 from pennyweight.accelerate.fuse import BLOCK, Fused, Shift, fuse, join
 from pennyweight.accelerate.record import Recorded, beside, dense, free, held, layer, linear, record
 from pennyweight.core.errors import ConfigError, DeviceError
-from pennyweight.model.dense import Dense, PackedLinear
-from pennyweight.model.layers import Interaction
+from pennyweight.model.dense import PackedLinear
+from pennyweight.model.layers import Beside, Interaction
 from pennyweight.model.packed import BITS, pack_levels
 from pennyweight.model.spec import Batch, call
 from pennyweight.model.tables import Table
@@ -85,8 +85,8 @@ class Count:
     def describe(self, candidates: int = 500) -> str:
         """A line of text."""
         return (
-            f"{self.plain.flops:,.0f} operations a candidate before, {self.candidate.flops:,.0f} and {self.request.flops:,.0f} a "
-            f"request now: {self.saved(candidates):.1f} times less for {candidates} candidates"
+            f"{self.plain.flops:,.0f} operations a candidate before, {self.candidate.flops:,.0f} and "
+            f"{self.request.flops:,.0f} a request now: {self.saved(candidates):.1f} times less for {candidates} candidates"
         )
 
 
@@ -123,19 +123,15 @@ class Shared(nn.Module):
     def forward(self, batch: Batch) -> Tensor:
         """Logits [N] of a request's candidates."""
         assert self.each is not None
-        once, given = self.once(batch), [names for names in self.each.given if names]
-        rows = len(batch[self.column])
-        from_items = self._items(batch)
-        columns = [beside(batch, names) for names in given]
-        if rows <= self.block:
-            return self._rest(columns, from_items, once)
-        cuts = range(0, rows, self.block)
-        return torch.cat(
-            [
-                self._rest([c[a : a + self.block] for c in columns], [t[a : a + self.block] for t in from_items], once)
-                for a in cuts
-            ]
-        )
+        once, rows = self.once(batch), len(batch[self.column])
+        columns = [beside(batch, names) for names in self.each.given]
+        items = [] if self.item is None else [beside(batch, names) for names in self.item.given]
+        made = []
+        for at in range(0, rows or 1, self.block):
+            cut = slice(at, at + self.block) if rows > self.block else slice(None)
+            found = [] if self.item is None else self.item.graph(*(t[cut] for t in items))
+            made.append(self._rest([t[cut] for t in columns], found, once))
+        return made[0] if len(made) == 1 else torch.cat(made)
 
     def ranked(self, asker: Batch, items: Tensor) -> Tensor:
         """Logits [N] of items known by id [N], from what was kept of them (see ``keep``)."""
@@ -156,14 +152,20 @@ class Shared(nn.Module):
         self.places[ids] = torch.arange(len(ids))
         return sum(t.nbytes for t in self.kept)
 
-    def _items(self, batch: Batch) -> list[Tensor]:
-        return [] if self.item is None else list(self.item(batch))
-
     def _rest(self, columns: Sequence[Tensor], items: Sequence[Tensor], once: Sequence[Tensor]) -> Tensor:
         assert self.each is not None
         given = {"user": once, "item": items}
         output: Tensor = self.each.graph(*columns, *(given[kind][at] for kind, at in self.order))
         return output
+
+
+def repeated(batch: Batch, shared: Shared) -> bool:
+    """Whether a batch is a request: every user column one row, repeated without a copy."""
+    if isinstance(batch, Beside) and shared.user is not None:
+        whole = [batch.whole.get(names) for names in shared.user.given]
+        if all(t is not None for t in whole):
+            return all(t.shape[0] == 1 or t.stride(0) == 0 for t in whole if t is not None)
+    return all(t.shape[0] == 1 or t.stride(0) == 0 for t in (batch[n] for n in shared.columns))
 
 
 def factor(
@@ -326,7 +328,7 @@ class _Builder:
     # Plain nodes
 
     def plain(self, node: fx.Node, inputs: Sequence[_Any]) -> _Value:
-        """The node as it is, in the graph of what its inputs have in common; rows of the user are repeated where they must be."""
+        """The node as it is, in the graph of what its inputs have in common; the user's rows are repeated where they must be."""
         values = {
             n: self.whole(v) for n, v in zip(node.all_input_nodes, inputs, strict=True) if isinstance(v, (_Value, _Split))
         }
@@ -439,11 +441,7 @@ class _Builder:
         given = node.args[0] if node.args else node.kwargs.get("tensors")
         dim = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0)
         rank = _rank(node)
-        if (
-            not isinstance(given, (list, tuple))
-            or dim not in (1, 1 - rank)
-            or rank != (2 if not node.meta["seen"][0].dim() == 3 else 3)
-        ):
+        if not isinstance(given, (list, tuple)) or dim not in (1, 1 - rank) or rank not in (2, 3):
             return None
         values = [self.values[n] for n in given]
         if not all(isinstance(v, (_Value, _Split)) for v in values):

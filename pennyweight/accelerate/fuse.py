@@ -92,11 +92,13 @@ class Rows(nn.Module):
         self.operator = one.ready()[1] if isinstance(one, RowwiseTable) and self.packed else None
         self.dim = int(one.embedding_dim)  # type: ignore[arg-type]
         held = [stored(table) for table in unique]
-        self.rows = torch.cat(held)
-        sizes = [0, *(len(h) for h in held)]
-        starts = dict(zip(unique, torch.tensor(sizes).cumsum(0).tolist(), strict=False))
-        for table, start in starts.items():
-            _view(table, self.rows[start : start + len(stored(table))])
+        sizes = torch.tensor([0, *(len(h) for h in held)]).cumsum(0).tolist()
+        starts = dict(zip(unique, sizes, strict=False))
+        self.rows = _end_to_end(held)
+        if self.rows is None:
+            self.rows = torch.cat(held)
+            for table, start in starts.items():
+                _view(table, self.rows[start : start + len(stored(table))])
         self.register_buffer("starts", torch.tensor([starts[t] for t in tables]), persistent=False)
 
     def forward(self, ids: Tensor) -> Tensor:
@@ -116,21 +118,34 @@ def stored(table: nn.Module) -> Tensor:
     return table.weight.detach()  # type: ignore[operator, no-any-return]
 
 
+def _end_to_end(held: Sequence[Tensor]) -> Tensor | None:
+    """Rows that lie end to end already, as they are after they were joined once; None where they do not."""
+    first, at = held[0], held[0].data_ptr()
+    for rows in held:
+        if (
+            rows.data_ptr() != at
+            or not rows.is_contiguous()
+            or rows.untyped_storage().data_ptr() != first.untyped_storage().data_ptr()
+        ):
+            return None
+        at += rows.nbytes
+    return first.as_strided((sum(len(rows) for rows in held), *first.shape[1:]), first.stride())
+
+
 def _view(table: nn.Module, rows: Tensor) -> None:
-    """Let a table's own rows be these, so that they are in memory once."""
-    if isinstance(table, RowwiseTable):
-        plain, form = table.ready()
-        if plain is None:
-            table.packed = rows
-            table._ready = (None, form)
-        else:
-            table._ready = (rows, None)
+    """Let a table's own rows be these, the same numbers, so that they are in memory once: also for who shares its tensor."""
+    if not isinstance(table, RowwiseTable):
+        table.weight.data = rows  # type: ignore[union-attr]
+    elif table.ready()[0] is None:
+        table.packed.data = rows
     else:
-        table.weight = nn.Parameter(rows, requires_grad=False)  # type: ignore[assignment]
+        table._ready = (rows, None)
 
 
 def kind_of(table: nn.Module | None) -> tuple[Any, ...] | None:
-    """Tables of equal kind can be joined; None for one that cannot."""
+    """Tables of equal kind can be joined; None for one that cannot, or that lives elsewhere than in memory."""
+    if getattr(table, "apart", False):
+        return None
     if type(table) is nn.Embedding and table.max_norm is None and table.weight.device.type == "cpu":
         return ("rows", table.embedding_dim, table.weight.dtype)
     if isinstance(table, RowwiseTable) and table.layer.bag is None and table.packed.device.type == "cpu":
@@ -153,8 +168,8 @@ class Fused(nn.Module):
         return self.graph(*(beside(batch, names) for names in self.given))
 
 
-def fused(module: nn.Module, probe: Batch, inputs: Sequence[str] = (), keep: Sequence[str] = ()) -> Callable[[Batch], Tensor]:
-    """The module with fewer operations, as a function of a batch. Tables at the paths ``keep`` are left where they are.
+def fused(module: nn.Module, probe: Batch, inputs: Sequence[str] = ()) -> Callable[[Batch], Tensor]:
+    """The module with fewer operations, as a function of a batch.
 
     Raises:
         DeviceError: the module cannot be recorded.
@@ -223,7 +238,7 @@ def _sorted(graph: fx.Graph) -> None:
 
 
 def _lookups(root: nn.Module, graph: fx.Graph) -> None:
-    """Neighbouring lookups of one kind that are laid side by side become one; numbers side by side are the tensor they came in."""
+    """Neighbouring lookups of one kind become one; numbers laid side by side are the tensor they came in."""
     for node in list(graph.nodes):
         if node.op == "call_function" and node.target in (torch.cat, torch.stack) and _dim(node) == 1:
             parts = list(node.args[0])
