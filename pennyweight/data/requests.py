@@ -304,7 +304,8 @@ def _thinned(seconds: float, starts: Times, rates: Times, rng: np.random.Generat
 def _zipf(values: int, n: int, rng: np.random.Generator, skew: float = 1.0) -> Ints:
     """Ranks from 0, rank k with odds of 1 over k + 1 to the power of ``skew``."""
     odds = np.cumsum(1 / np.arange(1.0, values + 1) ** skew)
-    return np.searchsorted(odds, rng.random(n) * odds[-1])
+    found: Ints = np.searchsorted(odds, rng.random(n) * odds[-1])
+    return found
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -431,9 +432,9 @@ class Arrivals:
             ) from error
         try:
             head, columns = _lines(data) if str(path).endswith(".jsonl") else _arrow(data)
-            names = {k: tuple(decode(list[str], head[k], k)) for k in ("priorities", "tenants")}
-            typed = {k: np.asarray(columns[k], np.float64 if k == "at" else np.int64) for k in cls.COLUMNS}
-            return cls(**typed, **names, load=decode(Load, head["load"], "load"))
+            names = [tuple(decode(list[str], head[k], k)) for k in ("priorities", "tenants")]
+            typed: Any = {k: np.asarray(columns[k], np.float64 if k == "at" else np.int64) for k in cls.COLUMNS}
+            return cls(**typed, priorities=names[0], tenants=names[1], load=decode(Load, head["load"], "load"))
         except (ConfigError, DataError, KeyError, TypeError, ValueError, pa.ArrowException) as error:
             raise DataError(f"{path} is not a trace of arrivals: {error}; make one with Load(...).draw().save(path)") from error
 

@@ -318,6 +318,11 @@ class Scheduler:
         """Seconds until those who wait now have been answered, by the cheapest model that may."""
         return self._start_of(self.queue.size, sum(self.queue.loads), self.clock(), self._floor[0])[0]
 
+    def usual(self, items: int) -> float:
+        """Seconds one request of so many items takes, by the model in use."""
+        cost = self._cheapest(self._ladder.level)
+        return cost.a + cost.r + cost.b * items
+
     def _rank(self, priority: str) -> int:
         if not priority:
             return 0

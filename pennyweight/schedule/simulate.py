@@ -13,8 +13,8 @@ from __future__ import annotations
 import dataclasses
 import heapq
 import math
-from collections.abc import Sequence
-from typing import Literal
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -24,6 +24,8 @@ from pennyweight.core.curve import Curve
 from pennyweight.core.errors import ConfigError, Overloaded
 from pennyweight.data.requests import Arrivals
 from pennyweight.model.bundle import Policy, Variant
+from pennyweight.schedule.balance import HotCold, Oracle, PowerOfTwo, Probe, RoundRobin, Rule
+from pennyweight.schedule.queue import Ticket
 from pennyweight.schedule.scheduler import USUAL, Batch, Knobs, Scheduler
 
 Array = npt.NDArray[np.float64]
@@ -39,7 +41,7 @@ class Fault:
 
     at: float
     """Seconds from the start."""
-    what: Literal["kill", "slow", "pause"]
+    what: Literal["kill", "slow_down", "pause"]
     """It dies; it becomes slower; it takes nothing new, as while it loads another bundle."""
     worker: int = 0
     seconds: float = 1.0
@@ -207,146 +209,208 @@ def fluid(policy: Policy, curves: Sequence[Curve], trace: Arrivals, workers: int
     return float(-solved.fun)
 
 
-def simulate(policy: Policy, trace: Arrivals, fleet: Fleet, *, seed: int = 0, knobs: Knobs = USUAL) -> Replay:
+def simulate(
+    policy: Policy,
+    trace: Arrivals,
+    fleet: Fleet | Sequence[Fleet],
+    *,
+    seed: int = 0,
+    knobs: Knobs = USUAL,
+    rule: Rule | Literal["hot-cold", "power-of-two", "round-robin", "oracle"] = "hot-cold",
+    probe_s: float = 0.0005,
+) -> Replay:
     """Replay a trace.
 
     Args:
         policy: as in the bundle; its variants' costs are what the scheduler starts from.
         trace: when requests come.
-        fleet: the workers as they truly are.
-        seed: of the residuals.
+        fleet: the workers as they truly are; several fleets are several machines, each with a scheduler.
+        seed: of the residuals, and of the rule.
         knobs: how the scheduler weighs.
+        rule: which machine gets a request, where there are several.
+        probe_s: seconds until a machine's answer to a probe is there.
 
     Raises:
         ConfigError: nothing says what a variant takes, or a fault names a worker that is not there.
     """
-    return _Run(policy, trace, fleet, seed, knobs).run()
+    return _Run(policy, trace, [fleet] if isinstance(fleet, Fleet) else list(fleet), seed, knobs, rule, probe_s).run()
+
+
+class _Node:
+    """A machine: its scheduler, and its workers as they are."""
+
+    def __init__(self, run: _Run, place: int, fleet: Fleet, knobs: Knobs, seed: int) -> None:
+        if fleet.workers < 1 or any(not 0 <= f.worker < fleet.workers for f in fleet.faults):
+            raise ConfigError(f"a fleet of {fleet.workers} workers, faults at {[f.worker for f in fleet.faults]}; count from 0")
+        self.run, self.name, self.fleet = run, str(place), fleet
+        self.curves = fleet.true(run.policy)
+        self.scheduler = Scheduler(run.policy, lambda: run.now, knobs)
+        self.rng = np.random.default_rng((seed, place))
+        self.factors: list[float] = []
+        self.slow = list(fleet.speeds or [1.0] * fleet.workers)
+        self.alarm = math.inf
+        for worker in range(fleet.workers):
+            self.scheduler.join(str(worker), fleet.device)
+        for fault in fleet.faults:
+            run.at(fault.at, getattr(self, fault.what), fault)
+
+    def pump(self) -> None:
+        """Do what is due now."""
+        run, scheduler = self.run, self.scheduler
+        for batch in scheduler.dispatch():
+            took = self._takes(batch)
+            run.at(run.now + took, self.done, (batch, took))
+        for ticket in scheduler.late():
+            run.ended(self, ticket, "expired")
+        due = scheduler.due()
+        if due is not None and due < self.alarm:
+            self.alarm = max(due, run.now)
+            run.at(self.alarm, self.tick, None)
+
+    def ask(self, work_s: float) -> float:
+        """Seconds until it would truly have done one more: its own prediction, at its true speed."""
+        return self.scheduler.drain + work_s * min(self.slow)
+
+    def probe(self) -> Probe:
+        """What it says of itself."""
+        inside = self.scheduler.drain
+        return Probe(self.name, inside, inside + self.scheduler.usual(self.run.mean), self.run.now)
+
+    def _takes(self, batch: Batch) -> float:
+        """Seconds a batch truly takes."""
+        if not self.factors:
+            fleet = self.fleet
+            drawn = self.rng.choice(fleet.residuals, 4096) if fleet.residuals else self.rng.lognormal(0, fleet.noise, 4096)
+            self.factors = drawn.tolist()
+        ms = self.curves[batch.variant].ms(len(batch.pieces), batch.items)
+        return ms / 1000 * self.factors.pop() * self.slow[int(batch.worker.name)] + self.fleet.overhead_s
+
+    # -- events --------------------------------------------------------------------------------------------------------------
+
+    def tick(self, _: None) -> None:
+        """The clock alone gave something to do."""
+        self.alarm = math.inf
+        self.pump()
+
+    def done(self, value: tuple[Batch, float]) -> None:
+        """A batch has ended."""
+        batch, took = value
+        if batch.worker.batch is not batch:
+            return  # it died with its worker
+        self.run.busy += took
+        for ticket in self.scheduler.done(batch, took):
+            self.run.ended(self, ticket, "answered")
+        self.pump()
+
+    def kill(self, fault: Fault) -> None:
+        """A worker dies, and is there again later."""
+        name = str(fault.worker)
+        if name in self.scheduler.workers:
+            for ticket in self.scheduler.died(name):
+                self.run.ended(self, ticket, "poison")
+            self.run.at(self.run.now + fault.seconds, self._back, name)
+            self.pump()
+
+    def _back(self, name: str) -> None:
+        self.scheduler.join(name, self.fleet.device)
+        self.pump()
+
+    def slow_down(self, fault: Fault) -> None:
+        """A worker becomes slower for a while."""
+        self.slow[fault.worker] *= fault.factor
+        self.run.at(self.run.now + fault.seconds, self._recover, fault)
+
+    def _recover(self, fault: Fault) -> None:
+        self.slow[fault.worker] /= fault.factor
+
+    def pause(self, fault: Fault) -> None:
+        """A worker takes nothing new for a while."""
+        if str(fault.worker) in self.scheduler.workers:
+            self.scheduler.pause(str(fault.worker))
+            self.run.at(self.run.now + fault.seconds, self._resume, fault)
+
+    def _resume(self, fault: Fault) -> None:
+        if str(fault.worker) in self.scheduler.workers:
+            self.scheduler.resume(str(fault.worker))
+            self.pump()
 
 
 class _Run:
     """The clock, the events, and what is written down."""
 
-    def __init__(self, policy: Policy, trace: Arrivals, fleet: Fleet, seed: int, knobs: Knobs) -> None:
-        self.policy, self.trace, self.fleet = policy, trace, fleet
-        self.curves = fleet.true(policy)
-        if fleet.workers < 1 or any(not 0 <= f.worker < fleet.workers for f in fleet.faults):
-            raise ConfigError(f"a fleet of {fleet.workers} workers, faults at {[f.worker for f in fleet.faults]}; count from 0")
-        self.now = 0.0
-        self.scheduler = Scheduler(policy, lambda: self.now, knobs)
-        self.rng = np.random.default_rng(seed)
-        self.factors: list[float] = []
-        self.slow = list(fleet.speeds or [1.0] * fleet.workers)
-        self.events: list[tuple[float, int, str, object]] = []
-        self.count = 0
-        self.alarm = math.inf
+    def __init__(
+        self, policy: Policy, trace: Arrivals, fleets: list[Fleet], seed: int, knobs: Knobs, rule: Rule | str, probe_s: float
+    ) -> None:
+        self.policy, self.trace, self.fleets, self.probe_s = policy, trace, fleets, probe_s
+        self.mean = round(float(trace.items.mean()))
+        self.now, self.busy, self._count = 0.0, 0.0, 0
+        self.events: list[tuple[float, int, Callable[[Any], None], Any]] = []
+        self.nodes = {str(k): _Node(self, k, fleet, knobs, seed) for k, fleet in enumerate(fleets)}
+        self.rule = _rule(rule, self.nodes, seed) if isinstance(rule, str) else rule
         n = len(trace)
         self.fate = np.full(n, FATES.index("lost"), np.int8)
         self.latency = np.full(n, math.inf)
-        self.deadline = np.zeros(n)
         self.variant = np.full(n, -1, np.int8)
         self.answers = np.zeros(n, np.int8)
-        self.busy = 0.0
-        known = {c.name: (c.deadline_ms or policy.deadline_ms) / 1000 for c in policy.classes}
-        for place, name in enumerate(trace.priorities):
-            if name and name not in known:
-                raise ConfigError(f"the trace has class {name!r}; the policy knows {', '.join(known) or 'no classes'}")
-            self.deadline[trace.priority == place] = known.get(name, next(iter(known.values()), policy.deadline_ms / 1000))
 
     def run(self) -> Replay:
         """Until every event is over."""
-        trace, scheduler = self.trace, self.scheduler
-        for w in range(self.fleet.workers):
-            scheduler.join(str(w), self.fleet.device)
-        for fault in self.fleet.faults:
-            self._at(fault.at, fault.what, fault)
+        trace, names = self.trace, list(self.nodes)
         at, items = trace.at.tolist(), trace.items.tolist()
         ranks, tenants = trace.priority.tolist(), trace.tenant.tolist()
         place, total = 0, len(at)
         while place < total or self.events:
             if place < total and (not self.events or at[place] <= self.events[0][0]):
                 self.now = at[place]
+                node = self.nodes[names[0] if len(names) == 1 else self._picked(items[place])]
                 try:
-                    scheduler.offer(
-                        place, items[place], priority=trace.priorities[ranks[place]], tenant=trace.tenants[tenants[place]]
-                    )
+                    asked = {"priority": trace.priorities[ranks[place]], "tenant": trace.tenants[tenants[place]]}
+                    node.scheduler.offer(place, items[place], **asked)
+                    node.pump()
                 except Overloaded as refused:
                     self.fate[place] = FATES.index(refused.reason)
-                    place += 1
-                    continue
+                    self.rule.answered(node.name)
                 place += 1
             else:
-                self.now, _, what, value = heapq.heappop(self.events)
-                getattr(self, f"_{what}")(value)
-            self._pump()
+                self.now, _, act, value = heapq.heappop(self.events)
+                act(value)
+        return self._replay()
+
+    def at(self, time: float, act: Callable[[Any], None], value: Any) -> None:
+        """Something that happens later."""
+        self._count += 1
+        heapq.heappush(self.events, (time, self._count, act, value))
+
+    def ended(self, node: _Node, ticket: Ticket, fate: Fate) -> None:
+        """Write down what became of a request."""
+        place = ticket.value
+        self.fate[place] = FATES.index(fate)
+        self.rule.answered(node.name)
+        if fate == "answered":
+            self.latency[place] = self.now - ticket.arrived
+            self.variant[place] = ticket.level
+            self.answers[place] += 1
+
+    def _picked(self, items: int) -> str:
+        for name in self.rule.wanted():
+            self.at(self.now + self.probe_s, self.rule.heard, self.nodes[name].probe())
+        fleet = self.fleets[0]
+        return self.rule.pick(fleet.true(self.policy)[0].ms(1, items) / 1000, self.now)
+
+    def _replay(self) -> Replay:
+        policy, trace = self.policy, self.trace
+        curves, workers = self.fleets[0].true(policy), sum(fleet.workers for fleet in self.fleets)
+        known = {c.name: (c.deadline_ms or policy.deadline_ms) / 1000 for c in policy.classes}
+        first = next(iter(known.values()), policy.deadline_ms / 1000)
+        deadline = np.array([known.get(name, first) for name in trace.priorities])[trace.priority]
         return Replay(
-            trace, self.policy, self.fleet.workers, self.fate, self.latency, self.deadline, self.variant, self.answers,
-            self.busy, scheduler.hedged, capacity(self.policy, self.curves, trace, self.fleet.workers),
-            fluid(self.policy, self.curves, trace, self.fleet.workers),
+            trace, policy, workers, self.fate, self.latency, deadline, self.variant, self.answers, self.busy,
+            sum(node.scheduler.hedged for node in self.nodes.values()), capacity(policy, curves, trace, workers),
+            fluid(policy, curves, trace, workers),
         )  # fmt: skip
 
-    def _at(self, time: float, what: str, value: object) -> None:
-        self.count += 1
-        heapq.heappush(self.events, (time, self.count, what, value))
 
-    def _pump(self) -> None:
-        for batch in self.scheduler.dispatch():
-            took = self._takes(batch)
-            self._at(self.now + took, "done", (batch, took))
-        for ticket in self.scheduler.late():
-            self.fate[ticket.value] = FATES.index("expired")
-        due = self.scheduler.due()
-        if due is not None and due < self.alarm:
-            self.alarm = max(due, self.now)
-            self._at(self.alarm, "tick", None)
-
-    def _tick(self, _: object) -> None:
-        self.alarm = math.inf
-
-    def _takes(self, batch: Batch) -> float:
-        """Seconds a batch truly takes."""
-        if not self.factors:
-            drawn = (
-                self.rng.choice(self.fleet.residuals, 4096)
-                if self.fleet.residuals
-                else self.rng.lognormal(0, self.fleet.noise, 4096)
-            )
-            self.factors = drawn.tolist()
-        ms = self.curves[batch.variant].ms(len(batch.pieces), batch.items)
-        return ms / 1000 * self.factors.pop() * self.slow[int(batch.worker.name)] + self.fleet.overhead_s
-
-    def _done(self, value: tuple[Batch, float]) -> None:
-        batch, took = value
-        if batch.worker.batch is not batch:
-            return  # it died with its worker
-        self.busy += took
-        for ticket in self.scheduler.done(batch, took):
-            self.fate[ticket.value] = 0
-            self.latency[ticket.value] = self.now - ticket.arrived
-            self.variant[ticket.value] = ticket.level
-            self.answers[ticket.value] += 1
-
-    def _kill(self, fault: Fault) -> None:
-        name = str(fault.worker)
-        if name in self.scheduler.workers:
-            for ticket in self.scheduler.died(name):
-                self.fate[ticket.value] = FATES.index("poison")
-            self._at(self.now + fault.seconds, "back", fault)
-
-    def _back(self, fault: Fault) -> None:
-        self.scheduler.join(str(fault.worker), self.fleet.device)
-
-    def _slow(self, fault: Fault) -> None:
-        self.slow[fault.worker] *= fault.factor
-        self._at(self.now + fault.seconds, "recover", fault)
-
-    def _recover(self, fault: Fault) -> None:
-        self.slow[fault.worker] /= fault.factor
-
-    def _pause(self, fault: Fault) -> None:
-        if str(fault.worker) in self.scheduler.workers:
-            self.scheduler.pause(str(fault.worker))
-            self._at(self.now + fault.seconds, "resume", fault)
-
-    def _resume(self, fault: Fault) -> None:
-        if str(fault.worker) in self.scheduler.workers:
-            self.scheduler.resume(str(fault.worker))
+def _rule(name: str, nodes: Mapping[str, _Node], seed: int) -> Rule:
+    if name == "oracle":
+        return Oracle(list(nodes), lambda node, work_s: nodes[node].ask(work_s))
+    return {"hot-cold": HotCold, "power-of-two": PowerOfTwo, "round-robin": RoundRobin}[name](list(nodes), seed)
