@@ -14,7 +14,8 @@ from pennyweight import job
 from pennyweight.core.config import dumps, encode
 from pennyweight.core.errors import DataError
 from pennyweight.data.synthetic import Clicks
-from pennyweight.model.bundle import load
+from pennyweight.model.bundle import load, save
+from pennyweight.model.spec import Model
 from pennyweight.model.train import Recipe
 
 
@@ -70,6 +71,37 @@ def test_a_csv_is_trained_optimized_and_inspected(tmp_path: Path) -> None:
     assert "int8" in told.stdout or "int4" in told.stdout
 
 
+def test_a_run_is_compressed_with_every_step_and_layer_in_a_table(folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder, tmp_path / "run")
+    least = ("--max-bytes", "11kB", "--auc-drop", ".05", "--tries", "0", "--seconds", "30", "--skip", "mlp")
+    done = run("compress", "run", *least, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    told = " ".join(done.stdout.split())
+    assert "every step tried" in told and "every table and layer" in told and "left alone mlp: as asked" in told
+    assert "report run/report.html bundle: run/best" in told and (tmp_path / "run" / "report.html").exists()
+    given, small = (load(tmp_path / "run" / name) for name in ("bundle", "best"))
+    assert small.bytes <= 11_000 and all(s["transform"] == "quantize-tables" for s in small.plan)
+    assert (small.model.state["mlp.0.weight"] == given.model.state["mlp.0.weight"]).all()
+
+
+def test_a_bundle_is_compressed_with_rows_named_for_it(folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder / "bundle", tmp_path / "mine")
+    least = ("--max-bytes", "8kB", "--drop", "5%", "--tries", "0", "--seconds", "30", "--json")
+    done = run("compress", "mine", "--data", str(folder / "data"), *least, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    told = json.loads(done.stdout)
+    assert told["proven"] is True and told["chosen"]["bytes"] <= 8000 and len(told["trials"]) >= 4
+    assert load(tmp_path / "mine-compressed" / "best").bytes == told["chosen"]["bytes"]
+
+
+def test_a_bundle_inside_a_run_knows_its_rows(folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder, tmp_path / "run")
+    run_, bundle = job.located(tmp_path / "run" / "bundle")
+    assert run_ == tmp_path / "run" and bundle == tmp_path / "run" / "bundle"
+    assert job.located(tmp_path / "run") == (run_, bundle)
+    assert job.located(shutil.copytree(bundle, tmp_path / "alone"))[0] is None
+
+
 def test_apply_follows_a_plan(folder: Path, tmp_path: Path) -> None:
     plan = {"transforms": [{"transform": "quantize-tables", "data_type": "int4"}]}
     (tmp_path / "plan.json").write_text(json.dumps(plan))
@@ -121,6 +153,19 @@ def test_apply_says_what_a_transform_lacks(folder: Path, tmp_path: Path) -> None
             ("optimize", "{run}", "--budget", "bytes <= 100B", "--seconds", "20", "--tries", "0"),
             "nothing tried meets bytes <= 100 B",
         ),
+        (
+            ("compress", "{run}", "--max-bytes", "100B", "--seconds", "20", "--tries", "0"),
+            "nothing tried meets bytes <= 100 B",
+        ),
+        (("compress", "nowhere", "--max-bytes", "9kB"), "is no run (no run.json)"),
+        (("compress", "{run}", "--max-bytes", "200"), "'bytes <= 200' has no unit; known: B, kB"),
+        (("compress", "{run}", "--max-bytes", "100MB"), "within bytes <= 100 MB"),
+        (("compress", "{run}", "--auc-drop", ".001", "--drop", "1%"), "--auc-drop and --drop are two margins; keep one"),
+        (("compress", "{run}", "--auc-drop", "2"), "would allow any loss"),
+        (("compress", "{run}", "--skip", "mlq.0"), "no layer matches 'mlq.0', which was to be left alone; there are: "),
+        (("compress", "{alone}", "--max-bytes", "9kB"), "is a bundle without a run; name rows"),
+        (("compress", "{alone}", "--data", "{other}"), "the rows are of another schema than the model: it reads "),
+        (("compress", "{broken}", "--max-bytes", "9kB"), "layer mlp.0 holds 1 NaN weights of 768; train the model again"),
         (("inspect", "nowhere"), "holds no bundle"),
         (("bench", "nowhere"), "holds no bundle"),
         (("report", "nowhere"), "cannot be read"),
@@ -129,7 +174,18 @@ def test_apply_says_what_a_transform_lacks(folder: Path, tmp_path: Path) -> None
 )
 def test_wrong_input_is_one_line_and_exit_2(folder: Path, tmp_path: Path, args: tuple[str, ...], says: str) -> None:
     given = [a.replace("{run}", str(folder)) for a in args]
-    if args[0] == "optimize":
+    if "{alone}" in args:
+        given[given.index("{alone}")] = str(shutil.copytree(folder / "bundle", tmp_path / "alone"))
+    if "{other}" in args:
+        Clicks(sizes=(300, 500, 20)).dataset(500).save(tmp_path / "other")
+        given[given.index("{other}")] = str(tmp_path / "other")
+    if "{broken}" in args:
+        whole = load(folder / "bundle")
+        state = {n: t.clone() for n, t in whole.model.state.items()}
+        state["mlp.0.weight"][0, 0] = float("nan")
+        save(whole.replace(model=Model(whole.model.spec, state)), shutil.copytree(folder, tmp_path / "run") / "bundle")
+        given[given.index("{broken}")] = str(tmp_path / "run")
+    if args[0] in ("optimize", "compress"):
         given += ["--out", str(tmp_path / "out")]
     done = run(*given, cwd=tmp_path)
     assert done.returncode == 2, done.stderr

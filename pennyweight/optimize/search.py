@@ -32,12 +32,13 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import numpy.typing as npt
 import torch
 
 from pennyweight.accelerate.tune import Engine, tune
 from pennyweight.compress.onnx import types as graph_types
-from pennyweight.compress.prune import foldable
+from pennyweight.compress.prune import FoldNorms, foldable
 from pennyweight.compress.rewrite import Untouched, untouched
 from pennyweight.core import hardware
 from pennyweight.core.budget import Budget, size
@@ -50,10 +51,21 @@ from pennyweight.model.metrics import ranking
 from pennyweight.model.spec import Model, seeded
 from pennyweight.model.train import EpochLog, Progress, fit
 from pennyweight.model.transform import Env, Plan, Transform, plan
-from pennyweight.optimize import prove
+from pennyweight.optimize import allocate, prove
 from pennyweight.optimize.cost import Objective, calibrate, described, money, objective, predict, sketch
 from pennyweight.optimize.evaluate import Bench, cost, memory, outcomes, parts, race
-from pennyweight.optimize.space import Levels, Structure, forbidden, recoveries, spared, stronger, structures, types
+from pennyweight.optimize.space import (
+    RETRIEVAL,
+    Levels,
+    Structure,
+    forbidden,
+    recoveries,
+    spared,
+    staged,
+    stronger,
+    structures,
+    types,
+)
 from pennyweight.optimize.trial import Cost, Epoch, Price, Quality, Result, Trial
 
 Watch = Callable[["Step"], None]
@@ -65,6 +77,12 @@ WAYS = 6.0
 
 TUNED = 3
 """Structures whose runtime is chosen by measurement: the cheapest plan may not be proven, and another's is another's."""
+
+EPOCHS = 0.75
+"""Share of the compute cap that one recovery may take, were its epochs as long as the given model's."""
+
+ALLOCATIONS = 5
+"""Mixes of data types tried on a structure: bisection narrows the bytes by half in the logarithm each time."""
 
 Z95 = 1.645
 """Standard errors from a mean to its one-sided 95 % bound."""
@@ -161,6 +179,8 @@ class Search:
     bundles: dict[str, Bundle] = dataclasses.field(default_factory=dict)
     epochs: list[Epoch] = dataclasses.field(default_factory=list)
     epoch_s: float = 0.0
+    norms: bool = False
+    """Whether the model has norms that can be folded."""
     known: dict[str, Trial] = dataclasses.field(default_factory=dict)
     interrupted: bool = False
     way: int | None = None
@@ -299,12 +319,22 @@ class Search:
 
     def recovered(self, structure: Structure) -> Structure:
         """The structure with its training, or alone where training found nothing better than what compression left."""
-        ways = recoveries(structure, self.env, self.options.epochs, self.forbidden)
+        ways = recoveries(structure, self.env, self._epochs(), self.forbidden)
         if not ways:
             return structure
         if self.way is None:
             self.way = self._best_way(structure, ways)
         return structure if self._bound(structure, ways[self.way]) is None else (*structure, *ways[self.way])
+
+    def _epochs(self) -> int:
+        """Epochs of recovery, no more than fit the compute cap: a schedule that is cut off has not cooled down.
+
+        An epoch is taken to last what one of the model as given lasted, whatever the clock says now, so that a busy machine
+        does not change the plan.
+        """
+        each = [e.seconds for e in self.options.epochs_before]
+        fit = int(EPOCHS * self.options.seconds / float(np.median(each))) if each else self.options.epochs
+        return max(1, min(self.options.epochs, fit))
 
     def _best_way(self, structure: Structure, ways: Sequence[Structure]) -> int:
         """Which recovery serves this model best; another is tried while that costs little of what is left."""
@@ -438,7 +468,7 @@ class Search:
     def explore(self) -> None:
         """Free plans, then structures with recovery, milder or stronger as validation says."""
         layers = described(self.bundle, self.env.allow)
-        norms = foldable(self.bundle.model.build(self.env.allow), self.bundle.model.spec.inputs, self.forbidden)
+        norms = self.norms = foldable(self.bundle.model.build(self.env.allow), self.bundle.model.spec.inputs, self.forbidden)
         self.say("predict", "sketching the structures there are")
         rungs = self._rungs(structures(self.bundle, layers, self.env, self.forbidden), norms)
         free = [r for r in rungs if not r.structure]
@@ -452,7 +482,10 @@ class Search:
             if not open_ or not self._affordable():
                 break
             rung = _next(open_, bold=held and tried > 0)
-            held = self._attempt_types(rung, self.recovered(rung.structure))
+            trained = self.recovered(rung.structure)
+            held = self._attempt_types(rung, trained)
+            if held:
+                self.allocate(trained)
             open_ = [r for r in open_ if not (stronger(rung.levels, r.levels) if held else stronger(r.levels, rung.levels))]
 
     def _rungs(self, found: Mapping[Levels, Structure], norms: bool) -> list[Rung]:
@@ -528,6 +561,51 @@ class Search:
                 break
             held = True
         return held
+
+    def allocate(self, trained: Structure) -> None:
+        """Mix data types by what each layer bears: to the budget's bytes, and below while the bound of the drop allows it.
+
+        Where bytes are limited, the least predicted loss within the limit comes first. From there on bisection between the
+        smallest mix there is and the smallest that kept its bound, as a sum of losses alone is only a prediction.
+        """
+        fold: Structure = (FoldNorms(skip=self.forbidden),) if self.norms else ()
+        bundle = self._applied(plan((*trained, *fold)))
+        layers = described(bundle, self.env.allow)
+        kept = (*self.forbidden, *(RETRIEVAL if staged(layers) else ()))
+        self.say("allocate", "measuring what fewer bits cost each table and layer")
+        offered = allocate.menu(bundle, self.env, skip=kept, seconds=max(0.0, (self.left() - self.reserve) / 2))
+        if offered is None or not offered.groups:
+            return
+        head = bundle.bytes - sum(t.nbytes for t in bundle.model.state.values())
+        limit = self.budget.against(bytes=self.base.bytes).bytes or math.inf
+        good = [
+            t.measured.bytes
+            for t in self.trials
+            if t.measured and t.plan.transforms[: len(trained)] == trained and self._safe(t)
+        ]
+        high, low = min(limit, *good, bundle.bytes) - head, float(offered.least)
+        target = high if math.isfinite(limit) else math.sqrt(high * low)
+        seen: set[Structure] = set()
+        for _ in range(ALLOCATIONS):
+            found = offered.within(int(target))
+            if found is None or found.transforms in seen or self.left() < self.reserve:
+                break
+            seen.add(found.transforms)
+            trial = self.attempt((*trained, *fold, *found.transforms), self._foreseen(bundle, found.transforms), "allocated")
+            if trial.measured is None:
+                break
+            if trial.measured.bytes > limit:  # the file's header is longer than it was
+                target -= trial.measured.bytes - limit
+                continue
+            high, low = (trial.measured.bytes - head, low) if self._safe(trial) else (high, target)
+            target = math.sqrt(high * low)
+
+    def _foreseen(self, bundle: Bundle, transforms: Structure) -> Cost:
+        return predict(sketch(bundle, transforms, self.env), self.rates, self.base, self.before, self.env.allow)
+
+    def _safe(self, trial: Trial) -> bool:
+        """Within the margin on validation by its bound, so that the proof has a fair chance."""
+        return trial.validation is not None and trial.validation.drop_upper_95 <= self.margin
 
     def _held(self, trial: Trial) -> bool:
         """No worse than the margin on validation.
@@ -768,7 +846,7 @@ def _untouched(search: Search) -> list[Untouched]:
 def _short(trial: Trial) -> str:
     spent = trial.measured
     assert spent is not None
-    return f"{trial.plan.describe()} ({spent.bytes / 1e3:.0f} kB, p99 {spent.p99_ms:.2f} ms)"
+    return f"{trial.plan.describe()} ({size(spent.bytes)}, p99 {spent.p99_ms:.2f} ms)"
 
 
 def _result(search: Search, chosen: Trial | None, control: Trial | None, best: Bundle) -> Result:
@@ -807,7 +885,7 @@ def _result(search: Search, chosen: Trial | None, control: Trial | None, best: B
         data=o.data,
         request=search.request,
         price=o.price,
-        skip=search.forbidden,
+        skip=o.skip,
         savings=savings,
     )
 

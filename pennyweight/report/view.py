@@ -450,7 +450,11 @@ def _layered(name: str, before: Part | None, after: Sequence[Part], skip: Sequen
     old, new = before.bytes if before else 0, sum(p.bytes for p in after)
     losses = [p.loss for p in after if p.loss is not None]
     loss = rounded(sum(losses)) if losses else ""
-    done = "left alone, as asked" if any(fnmatch.fnmatchcase(name, p) for p in skip) else _done(name, before, after)
+    done = (
+        "left alone, as asked"
+        if any(fnmatch.fnmatchcase(name, p) for s in skip for p in (s, f"{s}.*"))
+        else _done(name, before, after)
+    )
     return Layered(name, before.kind if before else "", done, (size(old), size(new)), _ratio(old, new), loss)
 
 
