@@ -19,6 +19,7 @@ import dataclasses
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Literal
 
 import numpy as np
 import torch
@@ -45,6 +46,9 @@ QUERIES = 256
 """Users whose scores of the whole catalogue are compared, for a model that retrieves."""
 SMALL = 0.003
 """Share of the bytes below which layers of a kind are one group."""
+
+CODES: tuple[tuple[Literal[2, 4, 8], int], ...] = ((8, 1), (4, 1), (2, 1), (8, 2), (4, 2), (8, 4))
+"""Bits of a code, and numbers that it stands for."""
 
 Structure = tuple[Transform, ...]
 
@@ -174,7 +178,7 @@ def _options(layer: Layer, paths: tuple[str, ...], rows: bool) -> Iterator[Trans
         for kind in ("fp16", "int8", "int4", "int2"):
             yield QuantizeTables(kind, only=paths)
         if layer.layout == "full" and layer.data_type == "fp32":
-            for bits, width in ((8, 1), (4, 1), (2, 1), (8, 2), (4, 2), (8, 4)):
+            for bits, width in CODES:
                 if width < layer.dim:
                     yield CodeTables(bits, width, "fp16" if width == 1 else "int8", only=paths)
         return
@@ -217,9 +221,14 @@ def _joined(choices: Sequence[Choice]) -> Structure:
     """Transforms of the choices, those that differ in their paths only as one."""
     merged: dict[Transform, tuple[str, ...]] = {}
     for transform in (t for c in choices for t in c.transforms):
-        key = dataclasses.replace(transform, only=())  # type: ignore[call-arg]  # every option here has patterns
-        merged[key] = (*merged.get(key, ()), *transform.only)  # type: ignore[attr-defined]
-    return tuple(dataclasses.replace(t, only=paths) for t, paths in merged.items())  # type: ignore[call-arg]
+        key = _for(transform, ())
+        merged[key] = (*merged.get(key, ()), *transform.only)  # type: ignore[attr-defined]  # every option has patterns
+    return tuple(_for(t, paths) for t, paths in merged.items())
+
+
+def _for(transform: Transform, paths: tuple[str, ...]) -> Transform:
+    made: Transform = dataclasses.replace(transform, only=paths)  # type: ignore[type-var]
+    return made
 
 
 def _bytes(model: Model, path: str) -> int:
@@ -258,12 +267,11 @@ class Judge:
                     continue
                 scores = module.user_vectors(batch) @ module.item_vectors(self.items).T  # type: ignore[operator]
                 said.append(scores.float())
-        answers = torch.cat(said)
-        return answers.clone()
+        return torch.cat(said)
 
     def _divergence(self, after: Tensor) -> Tensor:
         """[rows] >= 0, zero where nothing moved."""
-        before = self.before
+        before, after = self.before.double(), after.double()  # a thousandth of a bit is below what fp32 can tell
         if self.items is not None:
             spread = before.std(1, keepdim=True).clamp(min=1e-12)  # a cosine's range is not a dot product's
             before, after = before / spread, after / spread
