@@ -11,12 +11,13 @@ import functools
 import json
 import statistics
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from benchmarks.harness import Options, Row
-from pennyweight.core.config import dumps, encode, loads, write
+from pennyweight.core.config import decode, dumps, encode, loads, write
+from pennyweight.core.errors import ConfigError
 from pennyweight.data.dataset import Split
 from pennyweight.model.bundle import Bundle, save
 from pennyweight.model.spec import Model, Spec, seeded
@@ -53,11 +54,19 @@ def trained(spec: Spec, parts: Split, recipe: Recipe, seed: int, out: Path) -> F
 def kept(spec: Spec, parts: Split, recipe: Recipe, seed: int, folder: Path) -> Fit:
     """The training whose model is in ``folder / "bundle"``; it is done where it was not yet, by this recipe, in the cache."""
     asked, file = (encode(recipe), encode(spec)), folder / "trained.json"
-    if file.exists() and (known := json.loads(file.read_text()))["asked"] == list(asked):
+    if file.exists() and _asked(known := json.loads(file.read_text())) == (recipe, spec):
         return loads(Fit, json.dumps(known["fit"]), str(file))
     done = trained(spec, parts, recipe, seed, folder / "bundle")
     write(file, dumps({"asked": asked, "fit": done}))
     return done
+
+
+def _asked(known: Mapping[str, Any]) -> tuple[Recipe, Spec] | None:
+    """What was trained; a field that came since has its default, which is what was done before it was there."""
+    try:
+        return decode(Recipe, known["asked"][0], "recipe"), decode(Spec, known["asked"][1], "spec")
+    except ConfigError:
+        return None
 
 
 def size(folder: Path) -> int:
