@@ -1,6 +1,8 @@
 """Engines as one choice: the same module run by eager PyTorch, its fused form, ``torch.compile``, ONNX Runtime or OpenVINO.
 
-Inductor's kernels are compiled while the module runs (``compile``) or ahead of time into a package (``aot``). An engine is a way to call, not a model: it takes a module and gives a function from a batch to logits. What is fastest
+Inductor's kernels are compiled while the module runs (``compile``) or ahead of time into a package (``aot``).
+
+An engine is a way to call, not a model: it takes a module and gives a function from a batch to logits. What is fastest
 depends on the shape (ONNX Runtime saves the overhead between small operators, a fused form multiplies large batches
 faster), so ``tune`` measures; nothing here prefers one.
 

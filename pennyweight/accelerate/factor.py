@@ -117,7 +117,7 @@ class Shared(nn.Module):
         """What a request computes once, from its user columns."""
         if self.user is None:
             return ()
-        made: tuple[Tensor, ...] = self.user({n: batch[n][:1] for n in self.columns})
+        made: tuple[Tensor, ...] = self.user.graph(*(_row(batch, names) for names in self.user.given))
         return made
 
     def forward(self, batch: Batch) -> Tensor:
@@ -157,6 +157,16 @@ class Shared(nn.Module):
         given = {"user": once, "item": items}
         output: Tensor = self.each.graph(*columns, *(given[kind][at] for kind, at in self.order))
         return output
+
+
+def _row(batch: Batch, names: tuple[str, ...]) -> Tensor:
+    """The first row of columns side by side."""
+    if isinstance(batch, Beside) and names in batch.whole:
+        return batch.whole[names][:1]
+    columns = [batch[n] for n in names]
+    if len(columns[0]) > 1:
+        columns = [c[:1] for c in columns]
+    return columns[0] if len(names) == 1 else torch.cat(columns).unsqueeze(0)
 
 
 def repeated(batch: Batch, shared: Shared) -> bool:
@@ -328,7 +338,7 @@ class _Builder:
     # Plain nodes
 
     def plain(self, node: fx.Node, inputs: Sequence[_Any]) -> _Value:
-        """The node as it is, in the graph of what its inputs have in common; the user's rows are repeated where they must be."""
+        """The node as it is, in the graph of what its inputs have in common; the user's rows are repeated where needed."""
         values = {
             n: self.whole(v) for n, v in zip(node.all_input_nodes, inputs, strict=True) if isinstance(v, (_Value, _Split))
         }
@@ -473,15 +483,16 @@ class _Builder:
             made.meta = {}
         return dataclasses.replace(value, parts=parts)
 
-    def added(self, parts: Mapping[Kind, fx.Node]) -> _Value:
-        """The sum of parts of several kinds, each [rows, ...]."""
+    def added(self, parts: Mapping[Kind, fx.Node], fresh: bool = False) -> _Value:
+        """The sum of parts of several kinds, each [rows, ...]; ``fresh`` ones are read by nobody else and added in place."""
         if len(parts) == 1:
             return _Value(*next(iter(parts.items())))
         order = sorted(parts, key=KINDS.index, reverse=True)  # candidates first, so that the user's row is repeated
         nodes = [self.use(_Value(kind, parts[kind]), "each") for kind in order]
         total = nodes[0]
         for node in nodes[1:]:
-            total = self.graphs["each"].call_function(operator.add, (total, node))
+            function = operator.iadd if fresh and order[0] != "user" else operator.add
+            total = self.graphs["each"].call_function(function, (total, node))
         return _Value("each", total)
 
     def layer(self, node: fx.Node, module: nn.Module, value: _Split) -> _Any | None:
@@ -513,7 +524,7 @@ class _Builder:
                 name = self.put("shift", Shift(sliced, single=set(made) == {"user"}))
                 return _Value("each", self.graphs["each"].call_module(name, (part, shift)))
             made[kind] = self.graphs[kind].call_module(self.put("part", sliced), (part,))
-        return self.added(made)
+        return self.added(made, fresh=True)
 
     def matmul(self, value: _Split, matrix: Tensor) -> _Value:
         made: dict[Kind, fx.Node] = {}

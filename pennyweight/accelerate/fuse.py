@@ -27,8 +27,8 @@ from pennyweight.model.dense import PackedLinear, narrow
 from pennyweight.model.spec import Batch
 from pennyweight.model.tables import RowwiseTable
 
-FEW = 3
-"""Rows below which PyTorch's own product is as fast as oneDNN's, whose call costs 20 microseconds."""
+FEW = 4
+"""Rows below which a plain product is faster than oneDNN's, whose call costs 20 microseconds."""
 BLOCK = 512
 """Rows computed at once: what they need between layers stays in a core's cache, and in memory that is mapped already."""
 JOINED = 1 << 28
@@ -41,26 +41,40 @@ def packable() -> bool:
 
 
 class Dense(nn.Module):
-    """A dense layer and, with ``relu``, its ReLU, over weights in oneDNN's order."""
+    """A dense layer and, with ``relu``, its ReLU, over weights in oneDNN's order, or turned where there are few rows.
+
+    Each form is made when it is first needed: the user's part never sees many rows.
+    """
 
     def __init__(self, dense: nn.Linear, relu: bool = False) -> None:
         super().__init__()
         self.weight, self.bias, self.relu = dense.weight.detach(), None if dense.bias is None else dense.bias.detach(), relu
-        self.packed = torch.ops.mkldnn._reorder_linear_weight(self.weight.contiguous(), BLOCK) if packable() else None
+        self.turned: Tensor | None = None
+        self.packed: Tensor | None = None
+        self.packs = packable() and self.weight.dtype == torch.float32
 
     def forward(self, x: Tensor, shift: Tensor | None = None) -> Tensor:
         """[B, outputs] from [B, inputs]; ``shift`` [1, outputs] stands in for the bias, [B, outputs] is added to it."""
         bias = self.bias
         if shift is not None and len(shift) == 1:
             bias, shift = shift[0], None
-        if len(x) < FEW or self.packed is None:
-            output = F.linear(x, self.weight, bias)
-            output = output if shift is None else output.add_(shift)
-            return output.relu_() if self.relu else output
-        if shift is not None:
-            return torch.ops.mkldnn._linear_pointwise.binary(x, shift, self.packed, bias, "add")  # type: ignore[no-any-return]
-        output = torch.ops.mkldnn._linear_pointwise(x, self.packed, bias, "relu" if self.relu else "none", [], "")
-        return output
+        if len(x) < FEW or x.dim() != 2 or not self.packs:
+            return self._few(x, bias, shift)
+        if self.packed is None:
+            self.packed = torch.ops.mkldnn._reorder_linear_weight(self.weight.contiguous(), BLOCK)
+        output: Tensor = torch.ops.mkldnn._linear_pointwise(
+            x, self.packed, bias, "relu" if self.relu and shift is None else "none", [], ""
+        )
+        return output if shift is None else output.add_(shift)
+
+    def _few(self, x: Tensor, bias: Tensor | None, shift: Tensor | None) -> Tensor:
+        """Through weights [inputs, outputs], which few rows read in order: up to twice as fast as PyTorch's layer."""
+        if self.turned is None:
+            self.turned = self.weight.t().contiguous()
+        output = x @ self.turned if bias is None or x.dim() != 2 else torch.addmm(bias, x, self.turned)
+        output = output + bias if bias is not None and x.dim() != 2 else output
+        output = output if shift is None else output.add_(shift)
+        return output.relu_() if self.relu else output
 
 
 class Rounded(nn.Module):
@@ -68,14 +82,14 @@ class Rounded(nn.Module):
 
     def __init__(self, dense: PackedLinear) -> None:
         super().__init__()
-        self.dense = dense
+        self.dense, self.form = dense, dense.ready()
+        self.multiply, self.narrow = torch.ops.quantized.linear_relu_dynamic, narrow()
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, outputs] from [B, inputs]."""
-        ready = self.dense.ready()
-        if isinstance(ready, Tensor):
+        if isinstance(self.form, Tensor):
             return self.dense(x).relu_()  # type: ignore[no-any-return]
-        output: Tensor = torch.ops.quantized.linear_relu_dynamic(x, ready, narrow())
+        output: Tensor = self.multiply(x, self.form, self.narrow)
         return output
 
 

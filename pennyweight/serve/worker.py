@@ -73,6 +73,8 @@ class Worker:
         self.ids = self.catalog.item_ids
         probe = self.catalog.request(None, (), self.ids[:2])
         self.runner = Runner(bundle, allow, probe=probe, fallback=True)
+        every = self.catalog.item_batch(self.ids) if self.runner.runtime.shared and len(probe) and len(self.ids) > 1 else None
+        self.kept = every is not None and self.runner.keep(probe, every, self.ids, self.catalog.schema.item.size)
         shape = self.runner.score(probe).shape
         if shape != (len(self.ids[:2]),):
             raise ConfigError(
@@ -93,9 +95,17 @@ class Worker:
         lengths = [len(chosen) for chosen in items]
         if not sum(lengths):
             return [Ranked(chosen, np.empty(0, np.float32)) for chosen in items]
+        if self.runner.runtime.shared:  # each alone: what its candidates share is more than what requests do
+            return [Ranked(i, self._scored(q, i)) for q, i in zip(queries, items, strict=True)]
         batches = [self._batch(query, chosen) for query, chosen in zip(queries, items, strict=True) if len(chosen)]
         scores = _finite(self.runner.score(_joined(batches)), "scores")
         return [Ranked(i, s) for i, s in zip(items, np.split(scores, np.cumsum(lengths)[:-1]), strict=True)]
+
+    def _scored(self, query: Query, items: Ids) -> Floats:
+        if not len(items):
+            return np.empty(0, np.float32)
+        scores = self.runner.ranked(query.asker, items) if self.kept else self.runner.score(self._batch(query, items))
+        return _finite(scores, "scores")
 
     def _candidates(self, queries: Sequence[Query]) -> list[Ids]:
         retrieve = [q for q in queries if q.items is None]
