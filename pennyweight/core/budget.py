@@ -8,7 +8,9 @@ line is typed, stored with the result and read back by a person; a unit is never
 
 Two kinds of limits:
 
-* *spend* (``p50``, ``p99``, ``bytes``, ``memory``, ``cost``). A budget without any means: as cheap as possible.
+* *spend* (``p50``, ``p99``, ``bytes``, ``memory``, ``cost``). A budget without any means: as cheap as possible. The unit
+  ``x`` limits to so many times what the given model spends (``p50 <= 0.33x`` is three times faster), which says the same
+  on every machine.
 * *margins*: how far a quality metric may get worse, as ``METRIC drop <= NUMBER``. A plain number is absolute; with ``%``
   it is relative to the baseline's value (0.5 % of a recall of 0.2 is 0.001). ``quality`` stands for whichever metric the
   model is judged by. Where no margin is given it is 0.001, absolute: what MLPerf's 99.9 % rule comes to for an AUC of .8,
@@ -21,11 +23,15 @@ import dataclasses
 import math
 import re
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 from pennyweight.core.errors import BudgetError
 
 DEFAULT_MARGIN = 0.001
 """The absolute drop allowed of a metric that no margin names."""
+
+TIMES = "x"
+"""The unit of a limit in multiples of what the given model spends."""
 
 EXAMPLE = "p99 <= 10ms, bytes <= 1MB, auc drop <= 0.001"
 
@@ -68,6 +74,8 @@ class Budget:
     cost: float | None = None
     """Money for a million requests, in ``currency``."""
     currency: str = "USD"
+    times: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    """Name of a spend (``p50``) -> the limit as a multiple of what the given model spends; see ``against``."""
     margins: Mapping[str, float] = dataclasses.field(default_factory=dict)
     """Metric -> the largest absolute drop."""
     relative: Mapping[str, float] = dataclasses.field(default_factory=dict)
@@ -78,6 +86,15 @@ class Budget:
             value = getattr(self, field)
             if value is not None and not (math.isfinite(value) and value > 0):
                 raise BudgetError(f"{name} <= {value:g}: nothing can be that small; give a limit above 0, as in: {EXAMPLE}")
+        for name, share in self.times.items():
+            if name not in SPENDS:
+                raise BudgetError(f"{name} <= {share:g}x: limits are of {', '.join(SPENDS)}, as in: {EXAMPLE}")
+            if not (math.isfinite(share) and share > 0):
+                raise BudgetError(
+                    f"{name} <= {share:g}x: nothing can be that small; give a multiple above 0, as in: p50 <= 0.33x"
+                )
+            if getattr(self, SPENDS[name][0]) is not None:
+                raise BudgetError(f"{name}: two limits, a number and a multiple of the given model's; keep one")
         for metric, drop in [*self.margins.items(), *self.relative.items()]:
             if not 0 <= drop < 1:
                 raise BudgetError(f"{metric} drop <= {drop:g}: a drop lies between 0 and 1 (0 % and 100 %), as in: {EXAMPLE}")
@@ -96,9 +113,25 @@ class Budget:
     def describe(self) -> str:
         """The budget in words that ``parse`` reads back to the same meaning; a default margin is written out."""
         spends = [f"{name} <= {self._show(field, getattr(self, field))}" for name, field in self._limited()]
+        spends += [f"{name} <= {share:.10g}x" for name, share in self.times.items()]
         margins = [f"{m} drop <= {drop:.10g}" for m, drop in self.margins.items()]
         margins += [f"{m} drop <= {drop * 100:.10g}%" for m, drop in self.relative.items()]
         return ", ".join(spends + (margins or [f"quality drop <= {DEFAULT_MARGIN:g}"]))
+
+    def against(
+        self,
+        *,
+        p50_ms: float | None = None,
+        p99_ms: float | None = None,
+        bytes: float | None = None,
+        memory_bytes: float | None = None,
+        cost: float | None = None,
+    ) -> Budget:
+        """The budget with every multiple as a number, by what the given model spends; one it spends nothing of is kept."""
+        spent = {"p50_ms": p50_ms, "p99_ms": p99_ms, "bytes": bytes, "memory_bytes": memory_bytes, "cost": cost}
+        known = {name: value for name in self.times if (value := spent[SPENDS[name][0]])}
+        limits: dict[str, Any] = {SPENDS[name][0]: self.times[name] * value for name, value in known.items()}
+        return dataclasses.replace(self, **limits, times={n: share for n, share in self.times.items() if n not in known})
 
     def misses(
         self,
@@ -111,7 +144,8 @@ class Budget:
     ) -> tuple[str, ...]:
         """Which limits are not kept, a sentence each; empty when all are. A limit nothing was measured for is not kept."""
         spent = {"p50_ms": p50_ms, "p99_ms": p99_ms, "bytes": bytes, "memory_bytes": memory_bytes, "cost": cost}
-        return tuple(miss for name, field in self._limited() if (miss := self._miss(name, field, spent[field])))
+        unknown = [f"{n} of the given model was not measured, and the limit is {x:.10g}x that" for n, x in self.times.items()]
+        return (*(miss for name, field in self._limited() if (miss := self._miss(name, field, spent[field]))), *unknown)
 
     def _miss(self, name: str, field: str, value: float | None) -> str:
         limit = getattr(self, field)
@@ -151,6 +185,7 @@ def parse(text: str) -> Budget:
     if not clauses:
         raise BudgetError(f"the budget is empty; write what may be spent and what must not be lost, as in: {EXAMPLE}")
     fields: dict[str, object] = {}
+    times: dict[str, float] = {}
     margins: dict[str, dict[str, float]] = {"margins": {}, "relative": {}}
     for clause in clauses:
         name, number, unit = _clause(clause)
@@ -160,10 +195,13 @@ def parse(text: str) -> Budget:
             _once(clause, margins["margins"].keys() | margins["relative"].keys(), found := _metric(clause, metric))
             margins[kind][found] = amount
             continue
-        field, amount, currency = _spend(clause, name, number, unit)
-        _once(clause, fields.keys(), field)
-        fields |= {field: amount, **currency}
-    return Budget(**fields, **margins)  # type: ignore[arg-type]
+        name = _spent(clause, name, number)
+        _once(clause, fields.keys() | {SPENDS[n][0] for n in times}, SPENDS[name][0])
+        if unit.lower() in (TIMES, "×"):
+            times[name] = number
+        else:
+            fields |= _limit(clause, name, number, unit)
+    return Budget(**fields, times=times, **margins)  # type: ignore[arg-type]
 
 
 def _clause(clause: str) -> tuple[str, float, str]:
@@ -201,22 +239,27 @@ def _metric(clause: str, word: str) -> str:
     raise _wrong(clause, f"names an unknown metric {word!r}; known metrics: {', '.join(METRICS)} (K a number, as recall@20)")
 
 
-def _spend(clause: str, word: str, number: float, unit: str) -> tuple[str, float, dict[str, str]]:
+def _spent(clause: str, word: str, number: float) -> str:
     name = ALIASES.get(word, word.removesuffix(" latency"))
     if name not in SPENDS:
         raise _wrong(clause, f"limits {word!r}; known: {', '.join(SPENDS)}, and METRIC drop (metrics: {', '.join(METRICS)})")
-    field, units = SPENDS[name]
     if number == 0:
         raise _wrong(clause, "limits to 0, which nothing can keep")
+    return name
+
+
+def _limit(clause: str, name: str, number: float, unit: str) -> dict[str, object]:
+    field, units = SPENDS[name]
     if field == "cost":
         money = _MONEY.fullmatch(unit)
         if not money:
             raise _wrong(clause, f"has {unit or 'no unit'!r}; money is per million requests, as in: cost <= 0.5 USD/M")
-        return field, number, {"currency": "USD" if money[1] == "$" else money[1].upper()}
+        return {field: number, "currency": "USD" if money[1] == "$" else money[1].upper()}
     if unit.lower() not in units:
         known = "us, ms, s" if units is TIME else "B, kB, MB, GB, KiB, MiB, GiB"
+        known += f", and {TIMES} for multiples of the given model's"
         raise _wrong(clause, f"has the unit {unit!r}; known: {known}" if unit else f"has no unit; known: {known}")
-    return field, number * units[unit.lower()], {}
+    return {field: number * units[unit.lower()]}
 
 
 def _once(clause: str, before: Iterable[str], name: str) -> None:

@@ -386,7 +386,7 @@ def _tried(result: Result, number: int, trial: Trial) -> Tried:
 
 def _ratio(before: float, after: float) -> str:
     """How many times smaller, rounded down; empty where that says nothing."""
-    return f"{rounded(before / after, 1, up=False)}×" if before and after else ""
+    return f"{rounded(before / after, 1, up=False)}×" if before and after and before != after else ""
 
 
 # -- where bytes and milliseconds are ------------------------------------------------------------------------------------

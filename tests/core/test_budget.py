@@ -26,6 +26,8 @@ from pennyweight.core.errors import BudgetError, ConfigError
         ("recall@20 drop <= 0.5%", {"relative": {"recall@20": 0.005}}),
         ("log loss drop <= 0.002, NDCG@10 drop <= 0", {"margins": {"log_loss": 0.002, "ndcg@10": 0.0}}),
         ("hr@10 drop <= .01", {"margins": {"hit_rate@10": 0.01}}),
+        ("p50 <= 0.33x, size <= .1 X, cost <= 1x", {"times": {"p50": 0.33, "bytes": 0.1, "cost": 1.0}}),
+        ("p99 <= 0.5x, bytes <= 1MB", {"bytes": 1e6, "times": {"p99": 0.5}}),
     ],
 )
 def test_words(text: str, wanted: dict[str, Any]) -> None:
@@ -57,6 +59,11 @@ def test_words(text: str, wanted: dict[str, Any]) -> None:
         ("auc drop <= 3", "'auc drop <= 3'", "would allow any loss"),
         ("auc drop <= 100%", "'auc drop <= 100%'", "would allow any loss"),
         ("auc drop <= 1 ms", "'auc drop <= 1 ms'", "unit 'ms'"),
+        ("p99 <= 0x", "'p99 <= 0x'", "nothing can keep"),
+        ("speed <= 3x", "'speed <= 3x'", "known: p50, p99, bytes"),
+        ("auc drop <= 0.5x", "'auc drop <= 0.5x'", "unit 'x'"),
+        ("p99 <= 3ms, p99 <= 0.5x", "'p99 <= 0.5x'", "p99 a second time"),
+        ("size <= .1x, bytes <= 3MB", "'bytes <= 3MB'", "bytes a second time"),
         ("p99 <= 3ms, p99 <= 4ms", "'p99 <= 4ms'", "p99 a second time"),
         ("bytes <= 3MB, size <= 4MB", "'size <= 4MB'", "bytes a second time"),
         ("auc drop <= 1%, auc drop <= .01", "'auc drop <= .01'", "auc a second time"),
@@ -71,13 +78,24 @@ def test_what_is_not_understood_is_shown(text: str, piece: str, says: str) -> No
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"p99_ms": 0.0}, {"bytes": math.inf}, {"margins": {"auc": 1.0}}, {"relative": {"auc": -0.1}}]
+    "wrong",
+    [
+        {"p99_ms": 0.0},
+        {"bytes": math.inf},
+        {"margins": {"auc": 1.0}},
+        {"relative": {"auc": -0.1}},
+        {"times": {"p98": 0.5}},
+    ],
 )
 def test_impossible_values_are_refused_without_words_too(wrong: dict[str, Any]) -> None:
     with pytest.raises(BudgetError, match=r"as in: p99 <= 10ms"):
         Budget(**wrong)
     with pytest.raises(BudgetError, match="keep one"):
         Budget(margins={"auc": 0.1}, relative={"auc": 0.1})
+    with pytest.raises(BudgetError, match="keep one"):
+        Budget(p50_ms=3.0, times={"p50": 0.5})
+    with pytest.raises(BudgetError, match=r"as in: p50 <= 0.33x"):
+        Budget(times={"p50": 0.0})
 
 
 def test_margin_is_absolute_relative_or_the_default() -> None:
@@ -99,6 +117,16 @@ def test_misses_say_what_was_spent_and_by_how_much() -> None:
     assert Budget().misses() == ()
 
 
+def test_multiples_are_of_what_the_given_model_spends() -> None:
+    budget = parse("p50 <= 0.25x, bytes <= 0.1x, memory <= 64MB, auc drop <= 0.002")
+    numbers = budget.against(p50_ms=8.0, p99_ms=20.0, bytes=5e6)
+    assert numbers == parse("p50 <= 2ms, bytes <= 500kB, memory <= 64MB, auc drop <= 0.002")
+    assert numbers.misses(p50_ms=3.0, bytes=4e5, memory_bytes=1.0) == ("p50 is 3 ms, 1.5x the limit of 2 ms",)
+    assert budget.against(p50_ms=8.0).misses(p50_ms=1.0, bytes=1.0, memory_bytes=1.0) == (
+        "bytes of the given model was not measured, and the limit is 0.1x that",
+    )
+
+
 def test_an_empty_budget_describes_its_default() -> None:
     assert Budget().describe() == "quality drop <= 0.001"
 
@@ -110,10 +138,12 @@ names = st.sampled_from([m.replace("K", "20") for m in METRICS])
 
 @given(
     st.dictionaries(st.sampled_from([f for f, _ in SPENDS.values()]), amounts),
+    st.dictionaries(st.sampled_from(list(SPENDS)), amounts),
     st.dictionaries(names, shares, min_size=1),
 )
-def test_words_and_json_lead_back(spends: dict[str, float], margins: dict[str, float]) -> None:
-    budget = Budget(**spends, margins=margins)
+def test_words_and_json_lead_back(spends: dict[str, float], times: dict[str, float], margins: dict[str, float]) -> None:
+    times = {name: share for name, share in times.items() if SPENDS[name][0] not in spends}
+    budget = Budget(**spends, times=times, margins=margins)
     again = parse(budget.describe())
     for field in fields(Budget):
         wanted = getattr(budget, field.name)
