@@ -40,7 +40,7 @@ from pennyweight.model.train import Fit, Recipe
 from pennyweight.model.transform import Env
 from pennyweight.optimize import search
 from pennyweight.optimize.cost import Objective
-from pennyweight.optimize.search import Options, Outcome, Step
+from pennyweight.optimize.search import Against, Options, Outcome, Step
 from pennyweight.progress import watching
 
 Task = Literal["binary", "multi-class", "regression", "ranking"]
@@ -88,6 +88,7 @@ def optimize(
     force: bool = False,
     skip: Sequence[str] = (),
     objective: Objective = "cost",
+    against: Against = "given",
     allow: Sequence[str] = (),
     watch: Callable[[Step], None] | None = None,
 ) -> Outcome:
@@ -109,7 +110,7 @@ def optimize(
         recipe: how the model was trained; recovery carries it. Inferred from the task if None (Adam at 1e-3).
         trained: the record of the model's training by ``pennyweight.fit``, for the report.
         rows: rows of the request that is timed; for a recommender, candidates of one user.
-        seconds: compute cap of the search, proof included.
+        seconds: compute cap of the search, proof included; the control comes on top, at most as long again.
         epochs: epochs of recovery at most.
         tries: structures trained at most; 0 keeps to what needs no training.
         teachers: models trained from other seeds to teach beside the given one, in at most a third of ``seconds``; only
@@ -120,6 +121,8 @@ def optimize(
         force: search even if the model is within the budget already.
         skip: patterns of paths of layers that nothing may touch.
         objective: what is made small within the budget: a request's ``"cost"``, or ``"bytes"`` alone.
+        against: what a plan must be proven as good as: the model as ``"given"``, or the ``"control"`` as well, the same model
+            with the same extra training and no compression.
         allow: import paths of factories that may be loaded.
         watch: hears every step; progress is shown on standard error if None.
 
@@ -152,6 +155,7 @@ def optimize(
         force=force,
         skip=tuple(skip),
         objective=objective,
+        against=against,
         model=name,
         data=f"{task}; {' / '.join(f'{len(p):,}' for p in parts)} rows to train, choose, prove",
         epochs_before=() if trained is None else history("baseline", trained),

@@ -30,7 +30,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -69,6 +69,7 @@ from pennyweight.optimize.space import (
 from pennyweight.optimize.trial import Cost, Epoch, Price, Quality, Result, Trial
 
 Watch = Callable[["Step"], None]
+Against = Literal["given", "control"]
 
 RECORD = "search.json"
 
@@ -106,7 +107,7 @@ class Options:
 
     metric: str = "auc"
     seconds: float = 600.0
-    """Compute cap of the search, control and proof included."""
+    """Compute cap of the search, proof included; the control, a measurement, comes on top and takes at most as long again."""
     epochs: int = 10
     """Epochs of recovery at most; early stopping ends it before."""
     candidates: int = 500
@@ -125,7 +126,10 @@ class Options:
     objective: Objective = "cost"
     """What is made small within the budget."""
     control: bool = True
-    """Train the given model for as long as the others; without it nobody knows what of a gain is compression's."""
+    """Train the given model for as long as the others, beside the compute cap; without it nobody knows what of a gain is
+    compression's."""
+    against: Against = "given"
+    """What a plan must be proven as good as: the model as given, or also the control."""
     price: Price | None = None
     model: str = "model"
     """The model's name, for the report."""
@@ -661,14 +665,18 @@ class Search:
     def run_control(self) -> Trial | None:
         """The given model after the same extra training, not compressed."""
         extra = [t for trial in self.trials for t in trial.plan.transforms if t.stage == "training"]
-        if not extra or not self.options.control or self.left() < self.reserve:
+        if not extra or not self.options.control:
             return None
         self.say("control", "training the model as given for as long, without compression")
+        used = time.monotonic() - self.started
+        self.started = time.monotonic()  # it is a measurement: not what finding the plan takes, and it gets as much time again
         try:
             trial = self.attempt(extra[:1], self.base, "control")
         except KeyboardInterrupt:
             self.interrupted = True
             return None
+        finally:
+            self.started = time.monotonic() - used
         if trial.measured is not None:
             return trial
         self.bundles[_key(Plan())] = self.bundle
@@ -693,19 +701,27 @@ class Search:
         if control is not None:
             controlled = self._outcomes(self.bundles[_key(control.plan)], 0)
             control = dataclasses.replace(control, proof=self._compared(controlled, baseline, 0))
-        found: dict[str, npt.NDArray[Any]] = {}
+        found: dict[str, tuple[Quality, Quality | None]] = {}
 
         def test(trial: Trial) -> Quality:
-            found[_key(trial.plan)] = self._outcomes(self.bundles[_key(trial.plan)], 0)
-            return self._compared(found[_key(trial.plan)], baseline, 0)
+            scored = self._outcomes(self.bundles[_key(trial.plan)], 0)
+            own = self._compared(scored, baseline, 0)
+            beside = self._compared(scored, controlled, 0) if control is not None else None
+            found[_key(trial.plan)] = own, beside
+            return self._deciding(own, beside)
 
         proven: list[Trial] = []
         for trial, quality in prove.fixed_sequence(finalists, test)[1]:
-            beside = self._compared(found[_key(trial.plan)], controlled, 0) if control is not None else None
-            tested = dataclasses.replace(trial, proof=quality, against_control=beside)
+            tested = dataclasses.replace(trial, proof=found[_key(trial.plan)][0], against_control=found[_key(trial.plan)][1])
             self._swap(trial, tested)
             proven += [tested] if quality.verdict == "proven" else []
         return proven[::-1], control
+
+    def _deciding(self, own: Quality, beside: Quality | None) -> Quality:
+        """The comparison that decides: where a plan must be as good as the control too, the worse of the two."""
+        if beside is None or self.options.against == "given":
+            return own
+        return max(own, beside, key=lambda q: q.drop_upper_95)
 
     def _swap(self, old: Trial, new: Trial) -> None:
         self.trials[self.trials.index(old)] = new
@@ -852,7 +868,7 @@ def _short(trial: Trial) -> str:
 def _result(search: Search, chosen: Trial | None, control: Trial | None, best: Bundle) -> Result:
     o = search.options
     tried = chosen or next((t for t in search.trials if t.proof is not None), None)
-    quality = tried.proof if tried else None
+    quality = search._deciding(tried.proof, tried.against_control) if tried and tried.proof else None
     own = search._compared(search.base_scores, search.base_scores, 0)
     baseline = Trial("baseline", Plan(), search.base, search.base, None, own, note=search.threads_note)
     savings = _savings(search, chosen, best)
