@@ -62,6 +62,29 @@ class Bucket:
 
 
 @dataclasses.dataclass(frozen=True)
+class Index:
+    """How candidates are found among the items (``accelerate.index``)."""
+
+    kind: Literal["exact", "ivf"] = "exact"
+    """Every item scored, or inverted lists."""
+    data_type: Literal["fp32", "fp16", "int8"] = "fp32"
+    """How the items' vectors are held."""
+    metric: Literal["inner product", "cosine"] = "inner product"
+    lists: int = 0
+    """Inverted lists; 0 is about four times the root of the items."""
+    probes: int = 0
+    """Lists looked into for each user; 0 is 32."""
+    recall: float = 1.0
+    """The share of the exact answers that was found where this was measured."""
+    k: int = 0
+    """The number of answers that was measured for; 0 where it was not."""
+
+    def __post_init__(self) -> None:
+        if min(self.lists, self.probes, self.k) < 0 or not 0 <= self.recall <= 1:
+            raise ConfigError(f"an index has lists, probes and k from 0 and a recall of 0 to 1, got {self}")
+
+
+@dataclasses.dataclass(frozen=True)
 class Runtime:
     """How the model is executed."""
 
@@ -74,6 +97,8 @@ class Runtime:
     """Compute what depends on the user alone once a request, not once a candidate (``accelerate.factor``)."""
     buckets: tuple[Bucket, ...] = ()
     """Other settings for smaller batches, by rows ascending; a batch takes the first it fits in, else the fields above."""
+    index: Index = Index()
+    """How candidates are found."""
     machine: str = ""
     """Where this was measured (``core.hardware.fingerprint``); empty where it was not. Elsewhere it is measured again."""
 
