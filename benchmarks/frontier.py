@@ -36,13 +36,15 @@ SETS: Mapping[str, str] = {
 METRIC: Mapping[str, str] = {"retrieval": "share of NDCG@20", "sequence": "share of NDCG@10"}
 """What is lost, where it is not AUC."""
 OURS = "Pennyweight"
+BAR = "M-1-.4H1V.4H-1Z"
+STAR = "M0-1.1 .3-.35 1.1-.35 .45.15 .7.95 0 .5-.7.95-.45.15-1.1-.35-.3-.35Z"
 TOOLS: Mapping[str, tuple[str, str]] = {
-    OURS: ("circle", "#0068ad"), "small net from scratch": ("diamond", "#14181d"), "row-wise": ("stroke", "#0068ad"),
+    OURS: ("circle", "#0068ad"), "small net": ("diamond", "#14181d"), "row-wise": (BAR, "#4a9bd1"),
     "onnxruntime": ("square", "#b86a00"), "openvino": ("triangle-up", "#00775a"), "pytorch": ("cross", "#bf3a1c"),
     "torchao": ("triangle-right", "#b0568c"), "neural-compressor": ("triangle-down", "#7a62c9"),
-    "keras": ("triangle-left", "#c3a500"), "torch-pruning": ("wedge", "#929ca7"),
+    "keras": ("triangle-left", "#c3a500"), "torch-pruning": (STAR, "#929ca7"),
 }  # fmt: skip
-"""Shape and colour of each tool, by how the third part of a row's id begins."""
+"""Shape and colour of each tool, by how the third part of a row's id begins; the small net is trained from scratch."""
 NOT_OURS = ("baseline", "sanity", "exactness")
 GAP = 26
 
@@ -104,7 +106,7 @@ def _point(id: str, by: Mapping[str, Mapping[str, Any]]) -> Point:
 
 def _tool(setting: str) -> str:
     if setting == "from-scratch":
-        return "small net from scratch"
+        return "small net"
     return next((name for name in TOOLS if setting.startswith(name)), setting) if setting else OURS
 
 
@@ -164,19 +166,20 @@ def filled(page: str, table: str) -> str:
 def chart(found: Sequence[Point], width: int = 720) -> str:
     """Loss against ratio, a panel a data set, one under the other, as an SVG file on white."""
     drawn = [p for p in found if not p.failed]
-    tools = [name for name in TOOLS if any(p.tool == name for p in drawn)]
-    panels = [panel([p for p in drawn if p.data == data], tools, width) for data in dict.fromkeys(p.data for p in drawn)]
-    return stacked(panels)
+    return stacked([panel([p for p in drawn if p.data == data], width) for data in dict.fromkeys(p.data for p in drawn)])
 
 
-def panel(found: Sequence[Point], tools: Sequence[str], width: int) -> str:
+def panel(found: Sequence[Point], width: int) -> str:
     """One data set."""
+    tools = [name for name in TOOLS if any(p.tool == name for p in found)]
+    largest = max(p.ratio for p in found)
     kind, name = found[0].kind.partition("-")[0], SETS.get(found[0].data, found[0].data)
     lost = f"{METRIC.get(kind, 'AUC')} lost"
     values = [
         {
             **{"ratio": p.ratio, "drop": p.drop, "upper": p.upper, "tool": p.tool},
             "text": KINDS.get(p.kind, p.kind) if p.ours else "",
+            "side": p.ratio > 0.8 * largest,
             "tip": f"{p.setting or p.kind}: {p.ratio:.1f} times smaller, at most {rounded(p.upper, up=True)} lost",
         }
         for p in found
@@ -190,9 +193,12 @@ def panel(found: Sequence[Point], tools: Sequence[str], width: int) -> str:
         looks = [TOOLS[t] for t in tools]
         legend = alt.Legend(title=None, orient="right", symbolSize=70)
         colour = alt.Color("tool:N", scale=alt.Scale(domain=list(tools), range=[c for _, c in looks]), legend=legend)
+        # A legend of both shows each in its shape and colour.
         shape = alt.Shape("tool:N", scale=alt.Scale(domain=list(tools), range=[s for s, _ in looks]), legend=legend)
         steps = alt.Axis(
-            values=[1, 2, 3, 4, 6, 8, 12, 16, 20, 30, 40, 50, 80, 120], labelExpr="datum.value + '×'", labelOverlap=True
+            values=[1, 2, 3, 4, 5, 6, 8, 10, 12, 15, 20, 25, 30, 40, 50, 60, 80, 100, 150],
+            labelExpr="datum.value + '×'",
+            labelOverlap=True,
         )
         x = alt.X("ratio:Q", title=f"{name}: times smaller", scale=alt.Scale(type="log", nice=False, padding=22), axis=steps)
         y = alt.Y("upper:Q", title=f"{lost}, 95 % bound", scale=scale, axis=alt.Axis(values=ticks, labelExpr=SIGNED))
@@ -200,9 +206,16 @@ def panel(found: Sequence[Point], tools: Sequence[str], width: int) -> str:
         lines = alt.Chart(alt.Data(values=[{"at": 0.0}, {"at": unit}])).mark_rule(color="var(--line)", strokeDash=[5, 4])
         spread = shown.mark_rule(opacity=0.5).encode(y=alt.Y("drop:Q", scale=scale), y2="upper:Q")
         dots = shown.mark_point(filled=True, size=75, opacity=1).encode(y=y, shape=shape, description="tip:N")
-        words = shown.mark_text(align="left", dx=8, dy=-6, fontSize=11).encode(y=y, text="text:N")
+        said = [
+            (f"{'' if left else '!'}datum.side", "right" if left else "left", -8 if left else 8, 14 if left else -7)
+            for left in (True, False)
+        ]
+        words = [
+            shown.transform_filter(where).mark_text(align=align, dx=dx, dy=dy, fontSize=11).encode(y=y, text="text:N")
+            for where, align, dx, dy in said
+        ]
         rules = lines.encode(y=alt.Y("at:Q", scale=scale))
-        return (rules + spread + dots + words).properties(height=300)
+        return alt.layer(rules, spread, dots, *words).properties(height=300)
 
     return picture(draw, width)
 
@@ -217,7 +230,7 @@ def stacked(panels: Sequence[str]) -> str:
         )
         body = re.sub(r"\b(clip|gradient)(_?\d+)", rf"panel{k}\1\2", svg[svg.index("<svg") :])
         inner.append(body.replace("<svg", f'<svg y="{top}"', 1))
-        top, width = top + h + GAP, max(width, w)
+        top, width = top + h + GAP, max(width, w + GAP)
     size = f'width="{width}" height="{max(0, top - GAP)}"'
     head = f'<svg xmlns="http://www.w3.org/2000/svg" {size} viewBox="0 0 {width} {max(0, top - GAP)}">'
     return f'{head}<rect width="100%" height="100%" fill="#fff"/>{"".join(inner)}</svg>\n'
