@@ -56,6 +56,8 @@ class ShareRows(Transform):
     """Centres a part, at most 256; 16 make codes of 4 bits, 4 of 2, 2 of 1."""
     iterations: int = 25
     """Rounds of k-means at most."""
+    weigh: Literal["lookups", "evenly"] = "lookups"
+    """How much a row counts: by how often it is looked up, or as much as any other."""
     only: tuple[str, ...] = ()
     """Patterns of paths to share; all tables if empty."""
     skip: tuple[str, ...] = ()
@@ -75,11 +77,11 @@ class ShareRows(Transform):
         if not new:
             have = ", ".join(f"{p} ({t.layout}, {t.rows} x {t.dim})" for p, (_, t) in found.items()) or "none"
             raise PlanError(f"no table would get smaller by {self.codes} codes in {self.parts} parts; tables: {have}")
-        return bundle.replace(model=_shared(bundle.model, new, self.iterations, env))
+        return bundle.replace(model=_shared(bundle.model, new, self.iterations, env, self.weigh))
 
     def sketch(self) -> ShareRows:
         """One step of k-means: codes and codebooks of the same size."""
-        return dataclasses.replace(self, iterations=1)
+        return dataclasses.replace(self, iterations=1, weigh="evenly")
 
     def describe(self) -> str:
         """What it does."""
@@ -116,6 +118,8 @@ class CodeTables(Transform):
     """Of the codebooks."""
     iterations: int = 25
     """Rounds of k-means at most."""
+    weigh: Literal["lookups", "evenly"] = "lookups"
+    """How much a row counts: by how often it is looked up, or as much as any other."""
     only: tuple[str, ...] = ()
     """Patterns of paths to code; all tables if empty."""
     skip: tuple[str, ...] = ()
@@ -135,11 +139,11 @@ class CodeTables(Transform):
         if not new:
             have = ", ".join(f"{p} ({t.layout} {t.data_type}, {t.rows} x {t.dim})" for p, (_, t) in found.items()) or "none"
             raise PlanError(f"no full fp32 table would get smaller by {self.bits}-bit codes of {self.width}; tables: {have}")
-        return bundle.replace(model=_shared(bundle.model, new, self.iterations, env))
+        return bundle.replace(model=_shared(bundle.model, new, self.iterations, env, self.weigh))
 
     def sketch(self) -> CodeTables:
         """One step of k-means: codes and codebooks of the same size."""
-        return dataclasses.replace(self, iterations=1)
+        return dataclasses.replace(self, iterations=1, weigh="evenly")
 
     def describe(self) -> str:
         """What it does."""
@@ -155,9 +159,9 @@ class CodeTables(Transform):
         return new if new.bytes() < table.bytes() else None
 
 
-def _shared(model: Model, new: Mapping[str, tuple[nn.Module, Table]], iterations: int, env: Env) -> Model:
+def _shared(model: Model, new: Mapping[str, tuple[nn.Module, Table]], iterations: int, env: Env, weigh: str) -> Model:
     """The model with these tables shared, each as the layer beside it says."""
-    counts = lookups(model, env, new)
+    counts = lookups(model, env if weigh == "lookups" else Env(allow=env.allow), new)
     changes = {}
     for path, (module, to) in new.items():
         # A generator of its own, so that a table's codes do not depend on which others are shared.
@@ -166,7 +170,7 @@ def _shared(model: Model, new: Mapping[str, tuple[nn.Module, Table]], iterations
     return rewrite(model, changes)
 
 
-_COUNTED: WeakKeyDictionary[Model, dict[tuple[str, int], tuple[Dataset | None, Tensor]]] = WeakKeyDictionary()
+_COUNTED: WeakKeyDictionary[Model, dict[tuple[str, int, bool], tuple[Dataset | None, Tensor]]] = WeakKeyDictionary()
 """Lookups by table and seed, with the rows they were counted in: who weighs several ways to share asks again for each."""
 
 
@@ -174,7 +178,7 @@ def lookups(model: Model, env: Env, paths: Iterable[str]) -> dict[str, Tensor]:
     """How often the model looks up each row of the tables at ``paths``, float [rows], in a sample of the data at hand."""
     data = env.train if env.train is not None else env.calib
     known = _COUNTED.setdefault(model, {})
-    asked = {path: (path, env.seed) for path in paths}
+    asked = {path: (path, env.seed, data is None) for path in paths}
     missing = [path for path, key in asked.items() if key not in known or known[key][0] is not data]
     known |= {asked[path]: (data, counts) for path, counts in _counted(model, env, data, missing).items()}
     return {path: known[key][1] for path, key in asked.items()}
