@@ -21,8 +21,9 @@ import itertools
 import math
 import time
 from collections.abc import Mapping, Sequence
-from typing import ClassVar, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
+import torch
 from torch import nn
 
 from pennyweight.accelerate.compile import Exported, Maker, Scorer, export, make
@@ -78,7 +79,8 @@ class SetRuntime(Transform):
 
     def change(self, bundle: Bundle, env: Env) -> Bundle:
         """The bundle with this runtime; whether the engine is installed is found by the Runner, on the machine that serves."""
-        return bundle.replace(runtime=Runtime(self.engine, self.threads, self.batch, self.shared, self.buckets, self.machine))
+        runtime = Runtime(self.engine, self.threads, self.batch, self.shared, self.buckets, machine=self.machine)
+        return bundle.replace(runtime=dataclasses.replace(runtime, index=bundle.runtime.index))
 
     def describe(self) -> str:
         """One plain sentence."""
@@ -108,6 +110,7 @@ def tune(
     threads: Sequence[int] = (),
     cuts: Sequence[int] = (0,),
     allow: Sequence[str] = (),
+    maker: Maker | None = None,
 ) -> tuple[SetRuntime, tuple[Timing, ...]]:
     """The fastest runtime over ``batches`` (one request each), and every candidate in a fixed order.
 
@@ -122,7 +125,7 @@ def tune(
     end = time.monotonic() + seconds
     wanted = threads or _powers(hardware.limits()[0])
     runtimes = sorted((Runtime(e, t, c) for e, t, c in itertools.product(engines, wanted, cuts)), key=_simplicity)
-    live, timings = _made(bundle, runtimes, batches[0], allow, end)
+    live, timings = _made(bundle, runtimes, batches[0], allow, end, maker or _sharing())
     if not live:
         raise PlanError("no engine runs this model: " + "; ".join(sorted({t.note for t in timings.values()})))
     timings |= _halved({r: over(runner.score, batches) for r, runner in live.items()}, end)
@@ -133,17 +136,66 @@ def tune(
     return SetRuntime(best.engine, best.threads, best.batch), tuple(timings[r] for r in runtimes)
 
 
+SIZES = (1, 16, 256, 4096)
+"""Rows of the batches that engines are chosen for: a bucket ends at each."""
+
+
+def tune_sizes(
+    bundle: Bundle,
+    batches: Sequence[Batch],
+    *,
+    seconds: float = 60.0,
+    sizes: Sequence[int] = SIZES,
+    shared: bool = False,
+    **settings: Any,
+) -> tuple[SetRuntime, dict[int, tuple[Timing, ...]]]:
+    """The fastest runtime for each size of batch, measured on this machine and marked with it, and what was tried for each.
+
+    Rows are those of ``batches``, repeated where they are too few; ``seconds`` are spread evenly and ``settings`` are those of
+    ``tune``. ``shared`` is carried into the runtime: requests then run in parts, other batches by these engines.
+
+    Raises:
+        PlanError: there are no batches, or no engine can run this model.
+    """
+    if not batches or not sizes or list(sizes) != sorted(set(sizes)) or sizes[0] < 1:
+        raise PlanError(
+            f"tune_sizes needs batches, and sizes from 1 that grow; got {len(batches)} batches, sizes {list(sizes)}"
+        )
+    rows = {n: torch.cat([b[n] for b in batches]) for n in batches[0]}
+    count = len(next(iter(rows.values())))
+    maker, plain = settings.pop("maker", None) or _sharing(), bundle.replace(runtime=Runtime())
+    best: dict[int, SetRuntime] = {}
+    traces: dict[int, tuple[Timing, ...]] = {}
+    end = time.monotonic() + seconds
+    for done, size in enumerate(sizes):
+        given = [_of_size(rows, count, size, at) for at in range(3)]
+        left = max(0.0, end - time.monotonic()) / (len(sizes) - done)
+        settings["cuts"] = (
+            [c for c in wanted if c < size] if (wanted := settings.get("cuts")) else (0, *([512] if size > 512 else []))
+        )
+        best[size], traces[size] = tune(plain, given, seconds=left, maker=maker, **settings)
+        settings["cuts"] = wanted
+    last = best[sizes[-1]]
+    smaller = tuple(Bucket(n, b.engine, b.threads, b.batch) for n, b in list(best.items())[:-1])
+    return SetRuntime(last.engine, last.threads, last.batch, shared, smaller, hardware.fingerprint()), traces
+
+
+def _of_size(rows: Batch, count: int, size: int, at: int) -> dict[str, torch.Tensor]:
+    """So many rows, the ``at``-th such batch."""
+    index = (torch.arange(size) + at * size) % count
+    return {n: t[index] for n, t in rows.items()}
+
+
 def _powers(cores: int) -> list[int]:
     return [2**k for k in range(cores.bit_length()) if 2**k <= cores]
 
 
 def _made(
-    bundle: Bundle, runtimes: Sequence[Runtime], probe: Batch, allow: Sequence[str], end: float
+    bundle: Bundle, runtimes: Sequence[Runtime], probe: Batch, allow: Sequence[str], end: float, maker: Maker
 ) -> tuple[dict[Runtime, Runner], dict[Runtime, Timing]]:
     """A runner for every candidate that can be had in time, and the reason for every other; a failure is not tried twice."""
     live: dict[Runtime, Runner] = {}
     reasons: dict[str, str] = {}
-    maker = _sharing()
     for runtime in runtimes:
         engine, left = runtime.engine, end - time.monotonic()
         known = engine == "onnxruntime" and any(r.engine == engine for r in live)
