@@ -22,6 +22,7 @@ import pennyweight
 from pennyweight.accelerate.compile import export
 from pennyweight.accelerate.tune import SetRuntime
 from pennyweight.compress.aware import TrainRounded
+from pennyweight.compress.bands import DropFields, DropRows, SplitRows
 from pennyweight.compress.distill import Distill
 from pennyweight.compress.factor import FactorDense
 from pennyweight.compress.onnx import QuantizeOnnx
@@ -70,6 +71,9 @@ CASES = (
     Case(SubstituteTables("hot", ratio=4.0, min_rows=100), idle=SubstituteTables(min_rows=1000)),
     Case(RotateTables(dim=6), idle=RotateTables(dim=9)),
     Case(SubtractCentres(codes=16)),
+    Case(SplitRows((0.1, 0.3), min_rows=100), idle=SplitRows(min_rows=1000)),
+    Case(DropRows(0.3, min_rows=100)),
+    Case(DropFields(0.01), idle=DropFields(1e-12)),
     Case(TrainRounded("int4", training=Distill(epochs=1))),
     Case(Distill(epochs=2), idle=Distill(epochs=0)),
     Case(QuantizeTables(data_type="int4")),

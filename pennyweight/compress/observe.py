@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pennyweight.core.errors import PlanError
@@ -83,6 +84,20 @@ def observe(module: nn.Module, paths: Iterable[str], batch: Batch, inputs: Seque
 def batches(module: nn.Module, rows: Dataset) -> Iterator[Batch]:
     """The rows as they are scored: all at once, or a few where images would fill the memory."""
     return rows.batches(IMAGES if any(Conv.of(layer) for layer in module.modules()) else max(1, len(rows)))
+
+
+def divergence(before: Tensor, after: Tensor, loss: str) -> float:
+    """How far answers [B] or [B, classes] moved, a mean over rows: Kullback and Leibler's divergence in nats.
+
+    The squared difference, where the loss says that answers are no logits.
+    """
+    if loss == "cross-entropy" and before.dim() == 2:
+        p = before.log_softmax(1)
+        return float((p.exp() * (p - after.log_softmax(1))).sum(1).mean())
+    if loss == "bce":
+        yes, no = (F.logsigmoid(sign * before) - F.logsigmoid(sign * after) for sign in (1, -1))
+        return float((before.sigmoid() * yes + (-before).sigmoid() * no).mean())
+    return float((after - before).square().mean())
 
 
 def _matrices(layer: nn.Module, x: Tensor, y: Tensor, most: int) -> tuple[Tensor, Tensor]:

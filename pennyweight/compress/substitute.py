@@ -18,7 +18,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar, Literal, get_args
+from typing import ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -39,6 +39,7 @@ from pennyweight.model.hashed import (
     Shared,
     SharedTable,
     TensorTrain,
+    like,
     shared,
 )
 from pennyweight.model.tables import Table
@@ -161,24 +162,19 @@ def _fill(method: Method, large: Mapping[str, Table], new: dict[str, Shared], le
 # -- the largest setting within a cap of bytes, or the smallest there is ---------------------------------------------------
 
 
-def _call(table: Table) -> dict[str, Any]:
-    """What a table and its substitute have in common."""
-    return {n: getattr(table, n) for n in ("rows", "dim", "padding", "bag", "include_last_offset")}
-
-
 def _narrow(table: Table, share: float) -> Narrow:
-    return Narrow(**_call(table), width=max(1, math.floor(share * table.dim)))
+    return Narrow(**like(table), width=max(1, math.floor(share * table.dim)))
 
 
 def _hash(table: Table, cap: int, seed: int) -> Shared:
-    return Hashed(**_call(table), size=max(1, cap // (4 * table.dim)), seed=seed)
+    return Hashed(**like(table), size=max(1, cap // (4 * table.dim)), seed=seed)
 
 
 def _hot(table: Table, cap: int, seed: int) -> Shared:
     """Half of the bytes for each kind of rows."""
     row = 4 * table.dim
     hot = max(1, cap // 2 // (row + 4))
-    return HotRows(**_call(table), hot=hot, size=max(1, (cap - hot * (row + 4)) // row), seed=seed)
+    return HotRows(**like(table), hot=hot, size=max(1, (cap - hot * (row + 4)) // row), seed=seed)
 
 
 def _quotient(table: Table, cap: int, operation: Literal["multiply", "add"]) -> Shared:
@@ -187,22 +183,22 @@ def _quotient(table: Table, cap: int, operation: Literal["multiply", "add"]) -> 
     size = max(least, (rows + math.isqrt(max(0, rows * rows - 4 * table.rows))) // 2 + 1)
     while size > least and size - (-table.rows // size) > rows:
         size -= 1
-    return Quotient(**_call(table), size=size, operation=operation)
+    return Quotient(**like(table), size=size, operation=operation)
 
 
 def _robe(table: Table, cap: int, seed: int) -> Shared:
-    return Robe(**_call(table), size=max(1, cap // 4), block=min(8, table.dim), seed=seed)
+    return Robe(**like(table), size=max(1, cap // 4), block=min(8, table.dim), seed=seed)
 
 
 def _train(table: Table, cap: int, seed: int) -> Shared:
-    ranks = [TensorTrain(**_call(table), rank=r) for r in range(1, RANK + 1)]
+    ranks = [TensorTrain(**like(table), rank=r) for r in range(1, RANK + 1)]
     return next((t for t in reversed(ranks) if t.bytes() <= cap), ranks[0])
 
 
 def _clustered(table: Table, cap: int, seed: int) -> Shared:
     """Four clusters an id where its bytes allow, else two or one of fewer; all that they leave is for hashed pieces."""
     forms = [
-        Clustered(**_call(table), size=1, codes=min(codes, table.rows), chunks=min(chunks, table.dim), seed=seed)
+        Clustered(**like(table), size=1, codes=min(codes, table.rows), chunks=min(chunks, table.dim), seed=seed)
         for chunks, codes in ((4, 256), (2, 256), (1, 256), (1, 64), (1, 16))
     ]
     form = next((f for f in forms if f.bytes() <= cap), forms[-1])

@@ -397,6 +397,11 @@ class Narrow(Shared):
         return {**self._normal(seed, short=std), "wide.weight": wide}
 
 
+def like(table: Table) -> dict[str, Any]:
+    """What a table and one put in its place have in common."""
+    return {name: getattr(table, name) for name in ("rows", "dim", "padding", "bag", "include_last_offset")}
+
+
 def shared(module: nn.Module) -> Mapping[str, SharedTable]:
     """The shared tables of a module, by path."""
     return {path: child for path, child in module.named_modules() if isinstance(child, SharedTable)}

@@ -10,7 +10,7 @@ import types
 from typing import Any
 
 from pennyweight.accelerate import tune  # noqa: F401
-from pennyweight.compress import aware, distill, factor, onnx, prune, quantize, residual, rotate, share, substitute  # noqa: F401
+from pennyweight.compress import aware, bands, distill, factor, onnx, prune, quantize, residual, rotate, share, substitute  # noqa: F401
 from pennyweight.distribute import planner  # noqa: F401
 from pennyweight.schedule import queue  # noqa: F401
 
