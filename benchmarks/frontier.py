@@ -229,7 +229,7 @@ def stacked(panels: Sequence[str]) -> str:
             for n in re.findall(r'<svg[^>]*? (?:width|height)="([\d.]+)"[^>]*?(?:width|height)="([\d.]+)"', svg)[0]
         )
         body = re.sub(r"\b(clip|gradient)(_?\d+)", rf"panel{k}\1\2", svg[svg.index("<svg") :])
-        inner.append(body.replace("<svg", f'<svg y="{top}"', 1))
+        inner.append(body.replace("<svg", f'<svg y="{top}" overflow="visible"', 1))
         top, width = top + h + GAP, max(width, w + GAP)
     size = f'width="{width}" height="{max(0, top - GAP)}"'
     head = f'<svg xmlns="http://www.w3.org/2000/svg" {size} viewBox="0 0 {width} {max(0, top - GAP)}">'

@@ -153,13 +153,14 @@ def test_the_tables_say_what_was_done_and_what_was_left(outcome: tuple[Outcome, 
     assert 'id="layers"' in page and "left alone, as asked" in page and "no compression knows this kind of layer" in page
 
 
-def test_a_loss_that_is_known_is_shown(outcome: tuple[Outcome, Path, list[Step]]) -> None:
+def test_what_each_choice_was_measured_to_lose_is_shown(outcome: tuple[Outcome, Path, list[Step]]) -> None:
     result = outcome[0].result
-    assert not any(row.loss for row in view(result).layers) and "lost by it" not in render(result)
-    after = tuple(dataclasses.replace(p, loss=0.0004) if p.name == "user" else p for p in result.parts_after)
-    known = dataclasses.replace(result, parts_after=after)
-    assert {row.name: row.loss for row in view(known).layers}["user"] == ".0004"
-    assert ".0004" in printed(layers(known)) and "lost by it" in render(known)
+    chosen = dataclasses.replace(result.chosen, losses={"user": 0.00041})  # type: ignore[type-var]
+    known = dataclasses.replace(result, chosen=chosen)
+    assert {row.name: row.loss for row in view(known).layers}["user"] == "0.0004"
+    assert "moves by" in printed(layers(known)) and "0.0004" in render(known)
+    unknown = dataclasses.replace(result, chosen=dataclasses.replace(chosen, losses={}))
+    assert not any(row.loss for row in view(unknown).layers) and "moves by" not in render(unknown)
 
 
 @pytest.mark.parametrize("data_type", ["fp16", "int8", "int4", "int2"])

@@ -85,6 +85,8 @@ class Allocation:
     loss: float
     """The sum of the choices' losses."""
     ms: float = 0.0
+    losses: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    """Of each layer that is changed; layers of one group share its loss."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,9 +124,11 @@ class Menu:
         found = milp(goal, constraints=limits, bounds=Bounds(0, 1), integrality=np.ones(len(flat)))
         if found.x is None:
             return None
-        picked = [c for (_, c), x in zip(flat, found.x, strict=True) if x > 0.5]
+        chosen = [(self.groups[g].paths, c) for (g, c), x in zip(flat, found.x, strict=True) if x > 0.5]
+        picked = [c for _, c in chosen]
+        losses = {path: c.loss / len(paths) for paths, c in chosen if c.transforms for path in paths}
         total = self.rest + sum(c.bytes for c in picked)
-        return Allocation(_joined(picked), total, sum(c.loss for c in picked), sum(c.ms for c in picked))
+        return Allocation(_joined(picked), total, sum(c.loss for c in picked), sum(c.ms for c in picked), losses)
 
 
 def menu(

@@ -69,6 +69,9 @@ class Trial:
     """Why it was dropped, or what a transform said."""
     guards: tuple[Quality, ...] = ()
     """Other metrics compared on the test rows, such as the recall of the retrieval stage; reported, not decided on."""
+    losses: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    """How far the model's answers move (Kullback and Leibler's divergence) by what the plan does to each of these layers alone;
+    for plans that were chosen so."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,8 +86,6 @@ class Part:
     flops: int
     lookups: int = 0
     """How often one candidate uses it: rows a table looks up, positions of a convolution."""
-    loss: float | None = None
-    """Quality lost by what was done to it alone, where that was measured or predicted; positive is worse."""
 
 
 @dataclasses.dataclass(frozen=True)

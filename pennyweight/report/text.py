@@ -97,7 +97,7 @@ def layers(result: Result) -> Table:
     shown = Table(title="every table and layer", title_justify="left")
     for name in ("part", "before", "what was done"):
         shown.add_column(name, overflow="fold")
-    for name in ("bytes", "smaller", *(["lost"] if lossy else [])):
+    for name in ("bytes", "smaller", *(["moves by"] if lossy else [])):
         shown.add_column(name, justify="right")
     for row in held:
         cells = row.name, row.before, row.done, " → ".join(dict.fromkeys(row.bytes)), row.smaller

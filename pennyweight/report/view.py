@@ -70,7 +70,7 @@ class Layered:
     bytes: tuple[str, str]
     smaller: str
     loss: str
-    """Quality lost by this alone; empty where nobody measured or predicted it."""
+    """How far the answers move by this alone; empty where nobody measured it."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -435,7 +435,7 @@ def _layers(result: Result, most: int = 60) -> tuple[Layered, ...]:
     old = {p.name: p for p in result.parts_before}
     names = sorted(became, key=lambda n: (n == REST, -old[n].bytes if n in old else 0, n))
     few, rest = (names, []) if len(names) <= most + 1 else (names[:most], names[most:])
-    rows = [_layered(n, old.get(n), became[n], result.skip) for n in few if n != REST or old[n].bytes]
+    rows = [_layered(n, old.get(n), became[n], result) for n in few if n != REST or old[n].bytes]
     if rest:
         rows.append(_summed(f"{len(rest)} smaller parts", rest, old, became))
     return (*rows, _summed("all", names, old, became))
@@ -446,15 +446,13 @@ def _home(name: str, before: Iterable[str]) -> str:
     return max((n for n in before if name == n or name.startswith(f"{n}.")), key=len, default=name)
 
 
-def _layered(name: str, before: Part | None, after: Sequence[Part], skip: Sequence[str]) -> Layered:
+def _layered(name: str, before: Part | None, after: Sequence[Part], result: Result) -> Layered:
     old, new = before.bytes if before else 0, sum(p.bytes for p in after)
-    losses = [p.loss for p in after if p.loss is not None]
-    loss = rounded(sum(losses)) if losses else ""
-    done = (
-        "left alone, as asked"
-        if any(fnmatch.fnmatchcase(name, p) for s in skip for p in (s, f"{s}.*"))
-        else _done(name, before, after)
-    )
+    known = result.chosen.losses if result.chosen else {}
+    losses = [known[p.name] for p in after if p.name in known]
+    loss = f"{sum(losses):.1g}" if losses else ""
+    spared = any(fnmatch.fnmatchcase(name, p) for s in result.skip for p in (s, f"{s}.*"))
+    done = "left alone, as asked" if spared else _done(name, before, after)
     return Layered(name, before.kind if before else "", done, (size(old), size(new)), _ratio(old, new), loss)
 
 
