@@ -49,6 +49,9 @@ class Distill(Transform):
     dealt: float = 0.0
     """Weight of the teacher's answers about pairs nobody labelled: each batch's items are dealt anew to its users. Needs item
     columns; without them it is 0."""
+    mixup: float = 0.0
+    """Rows blended two and two, labels too, by shares of Beta(mixup, mixup), and the teacher asked about the blends; for models
+    that read numbers only. 0 is the recipe's own."""
     regularize: float = 1.0
     """Factor on the recipe's decays and the model's dropout: answers without end leave less to overfit."""
     schedule: Literal["plateau", "cosine"] = "plateau"
@@ -57,8 +60,9 @@ class Distill(Transform):
     """Patterns of paths of layers that stay as they are."""
 
     def __post_init__(self) -> None:
-        if self.dealt < 0 or self.regularize < 0:
-            raise ConfigError(f"dealt = {self.dealt}, regularize = {self.regularize}: neither may be negative")
+        if min(self.dealt, self.mixup, self.regularize) < 0:
+            told = f"dealt = {self.dealt}, mixup = {self.mixup}, regularize = {self.regularize}"
+            raise ConfigError(f"{told}: none may be negative")
         if self.epochs < 0 or not 0 <= self.alpha <= 1 or self.temperature <= 0 or (self.lr is not None and self.lr <= 0):
             raise ConfigError(
                 f"epochs = {self.epochs}, alpha = {self.alpha}, temperature = {self.temperature}, lr = {self.lr}: "
@@ -122,6 +126,7 @@ class Distill(Transform):
             # Accuracy on 500 rows moves by .002 a row and picks an epoch by chance: on digits that cost .002 on 1,000 others.
             select="refined_log_loss" if given.selector == "accuracy" else given.select,
             dealt=self.dealt,
+            mixup=self.mixup or given.mixup,
             schedule=self.schedule,
             patience=self.epochs if self.schedule == "cosine" else given.patience,  # its last epochs are its best
             embedding_l2=given.embedding_l2 * self.regularize,
@@ -130,7 +135,7 @@ class Distill(Transform):
 
     def describe(self) -> str:
         """What it does."""
-        extra = ", asked about unrated pairs too" if self.dealt else ""
+        extra = ", asked about unrated pairs too" if self.dealt else ", about blended rows" if self.mixup else ""
         return f"up to {self.epochs} epochs of distillation from the teachers{extra}"
 
 

@@ -97,6 +97,52 @@ def dealt_loss(
     return of
 
 
+def mixup_loss(
+    module: nn.Module,
+    teacher: nn.Module | None,
+    name: str,
+    schema: Schema,
+    inputs: Sequence[str],
+    alpha: float,
+    temperature: float,
+    spread: float,
+) -> Loss:
+    """Mean loss of a batch's rows blended two and two, against their blended labels and the teacher's answers about the blends.
+
+    Labels as in mixup (Zhang et al. 2018, arXiv 1710.09412), with the share of each pair from Beta(spread, spread); the teacher
+    is asked about the very rows the student sees (Beyer et al. 2022, arXiv 2106.05237). A few thousand rows become as many as
+    one likes.
+
+    Raises:
+        ConfigError: the model reads ids, which have no blends.
+    """
+    hard, soft = ROWS[name], functools.partial(SOFT[name], temperature)
+    names = [n for n in (inputs or (c.name for c in schema.features)) if n != TEACHER]
+    ids = [n for n in names if schema[n].kind != "numeric"]
+    if ids:
+        raise ConfigError(f"mixup blends numbers, and {', '.join(ids)} holds ids; set mixup to 0")
+    label, shares = schema.label.name, torch.distributions.Beta(spread, spread)
+
+    def of(batch: Batch) -> Tensor:
+        share = shares.sample((len(batch[label]),))
+        deal = torch.randperm(len(share))
+
+        def blend(values: Tensor) -> Tensor:
+            return torch.lerp(values[deal], values, share.reshape(-1, *[1] * (values.dim() - 1)))
+
+        rows = {n: blend(batch[n]) for n in names}
+        output = call(module, rows, inputs)
+        right = F.one_hot(batch[label], output.shape[1]) if name == "cross-entropy" else batch[label]
+        loss = hard(output, blend(right.to(output.dtype)))
+        if teacher is None:
+            return loss
+        with torch.no_grad():
+            said = call(teacher, rows, inputs)
+        return (1 - alpha) * loss + alpha * soft(output, said)
+
+    return of
+
+
 def _soft_bce(t: float, output: Tensor, teacher: Tensor) -> Tensor:
     return F.binary_cross_entropy_with_logits(output / t, torch.sigmoid(teacher / t)) * t**2
 

@@ -93,6 +93,8 @@ class Recipe:
     """Softens the teacher's and the student's probabilities."""
     dealt: float = 0.0
     """Weight of the teacher's outputs on pairs nobody labelled: a batch's items dealt anew to its users (needs items)."""
+    mixup: float = 0.0
+    """Rows blended two and two, by shares of Beta(mixup, mixup), labels too (needs numbers only); 0 is rows as they are."""
     tables: Literal["dense", "auto", "adagrad", "lazy-adam", "sgd"] = "dense"
     """``dense`` trains tables as the rest, all rows at every step. The others train the rows a batch touches and leave the rest
     alone, also ``embedding_l2``: row-wise Adagrad, Adam whose moments wait, plain SGD (see ``model/sparse``). ``auto`` is dense
@@ -107,7 +109,7 @@ class Recipe:
             value = getattr(self, name)
             if value < low or value == 0:
                 raise ConfigError(f"recipe {name} is {value}; it must be {'above 0' if low == 0 else 'at least 1'}")
-        for name in ("weight_decay", "embedding_l2", "clip", "negatives", "dealt"):
+        for name in ("weight_decay", "embedding_l2", "clip", "negatives", "dealt", "mixup"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"recipe {name} is {getattr(self, name)}; it must not be negative")
         if not 0 <= self.distill_alpha <= 1:
@@ -289,8 +291,8 @@ def _taught(
     train: Dataset, teacher: nn.Module | None, recipe: Recipe, inputs: Sequence[str]
 ) -> tuple[Dataset, nn.Module | None]:
     """The rows with the teacher's output beside them, or the teacher itself where that would not fit."""
-    if teacher is None or recipe.loss not in losses.ROWS:
-        return train, teacher  # what a pair loss asks depends on the items it draws
+    if teacher is None or recipe.loss not in losses.ROWS or recipe.mixup:
+        return train, teacher  # what a pair loss asks depends on the items it draws, and blends are new each time
     classes = train.schema.label.size if recipe.loss == "cross-entropy" else 0
     stored = len(next(iter(train.columns.values())))
     if 4 * stored * max(1, classes) > TEACHER_BYTES:
@@ -307,6 +309,9 @@ def _loss(module: nn.Module, train: Dataset, recipe: Recipe, inputs: Sequence[st
     if recipe.loss not in losses.ROWS:
         drawn = recipe.negatives, recipe.popularity, recipe.calibration
         return losses.pair_loss(module, recipe.loss, train, *drawn, teacher, recipe.distill_alpha, recipe.temperature)
+    if recipe.mixup:
+        asked, alpha, temperature = teacher and teacher.eval(), recipe.distill_alpha, recipe.temperature
+        return losses.mixup_loss(module, asked, recipe.loss, train.schema, inputs, alpha, temperature, recipe.mixup)
     label = train.schema.label.name
     loss = losses.row_loss(module, recipe.loss, label, inputs, recipe.distill_alpha, recipe.temperature)
     if teacher is None:

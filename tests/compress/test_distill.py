@@ -88,6 +88,15 @@ def test_training_that_finds_nothing_better_is_no_change(given: Bundle, env: Env
         Distill(epochs=0).apply(given, env)
 
 
+def test_blends_are_for_models_of_numbers(given: Bundle, env: Env) -> None:
+    with pytest.raises(PlanError, match=r"cannot train this model: mixup blends numbers, and .* holds ids"):
+        Distill(mixup=0.4).apply(given, env)
+    assert Distill(mixup=0.4).recipe(Recipe()).mixup == 0.4
+    assert Distill().recipe(Recipe(mixup=0.2)).mixup == 0.2, "the user's own recipe is carried"
+    with pytest.raises(ConfigError, match="none may be negative"):
+        Distill(mixup=-1.0)
+
+
 @pytest.mark.parametrize("fields", [{"epochs": -1}, {"alpha": 1.5}, {"temperature": 0.0}, {"lr": 0.0}])
 def test_impossible_settings_are_refused(fields: dict[str, float]) -> None:
     with pytest.raises(ConfigError, match="alpha between 0 and 1"):

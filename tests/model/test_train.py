@@ -211,7 +211,41 @@ def test_classes_and_numbers_are_learned_too() -> None:
     data = Dataset.from_arrays({"x": x, "label": x.sum(1)}, numbers)
     line = nn.Linear(4, 1)
     assert fit(line, data, data, dataclasses.replace(recipe, loss="mse", metric="rmse"), inputs=("x",)).metric < 0.1
+    blended = dataclasses.replace(recipe, loss="mse", metric="rmse", mixup=0.4)
+    assert fit(nn.Linear(4, 1), data, data, blended, inputs=("x",)).metric < 0.1
     assert scores(line, data, inputs=("x",), batch=100).shape == (600,)
+
+
+@pytest.mark.parametrize("loss", ["cross-entropy", "bce"])
+def test_blended_rows_teach_more_than_a_few_rows_can(loss: str) -> None:
+    """Forty rows, and a teacher who knows: what is asked about their blends holds on rows neither has seen."""
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(2000, 6)).astype(np.float32)
+    size = 3 if loss == "cross-entropy" else 0
+    schema = Schema((Column("x", "context", "numeric", length=6), Column("label", "label", "numeric", size=size)))
+    y = x[:, :3].argmax(1) if size else x[:, 0] > 0
+    data = Dataset.from_arrays({"x": x, "label": y.astype(np.float32 if not size else np.int64)}, schema)
+    few, check, unseen = data.take(np.arange(40)), data.take(np.arange(500, 1000)), data.take(np.arange(1000, 2000))
+
+    def net() -> nn.Module:
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(6, 64), nn.ReLU(), nn.Linear(64, max(1, size)))
+
+    recipe = Recipe(loss=loss, metric="log_loss", lr=0.01, batch=20, epochs=200, patience=200, distill_alpha=1.0)
+    teacher, plain, blended, alone = net(), net(), net(), net()
+    fit(teacher, data, unseen, dataclasses.replace(recipe, batch=200, epochs=60), inputs=("x",))
+    for student, mixup, told in ((plain, 0.0, teacher), (blended, 1.0, teacher), (alone, 1.0, None)):
+        fit(student, few, check, dataclasses.replace(recipe, mixup=mixup), inputs=("x",), teacher=told)
+    said = [torch.from_numpy(scores(m, unseen, inputs=("x",))) for m in (teacher, plain, blended, alone)]
+    wanted, *found = [s.softmax(1) if size else s.sigmoid() for s in said]
+    apart = [float((f - wanted).abs().mean()) for f in found]
+    assert apart[1] < 0.9 * apart[0], "the teacher is asked about the blends"
+    assert apart[1] < apart[2], "and is heard"
+
+
+def test_ids_cannot_be_blended() -> None:
+    with pytest.raises(ConfigError, match=r"mixup blends numbers, and .* holds ids"):
+        fit(dnn(), rows(), rows(1), dataclasses.replace(RECIPE, mixup=0.4))
 
 
 def test_one_row_left_over_does_not_stop_batch_norm() -> None:
@@ -269,6 +303,7 @@ def test_queries_leave_out_what_was_seen_and_keep_what_is_to_be_found() -> None:
         ("metric", "auk", "unknown metric"),
         ("distill_alpha", 2.0, "between"),
         ("clip", -1.0, "negative"),
+        ("mixup", -0.1, "negative"),
     ],
 )
 def test_an_impossible_recipe_is_refused(field: str, value: object, says: str) -> None:
