@@ -2,7 +2,7 @@
 PYTHON ?= $(or $(shell command -v python3.11),$(shell command -v python3),python3)
 ARGS ?=
 BIN := .venv/bin
-EXTRAS := serve,report,onnx,keras,bench,test
+EXTRAS := serve,report,onnx,index,keras,bench,test
 # The tests run side by side, so each process keeps to one thread.
 ONE := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 .DEFAULT_GOAL := help

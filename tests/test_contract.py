@@ -20,6 +20,7 @@ from torch import Tensor
 
 import pennyweight
 from pennyweight.accelerate.compile import export
+from pennyweight.accelerate.index import SetIndex
 from pennyweight.accelerate.tune import SetRuntime
 from pennyweight.compress.aware import TrainRounded
 from pennyweight.compress.bands import DropFields, DropRows, SplitRows
@@ -39,7 +40,7 @@ from pennyweight.data.dataset import Dataset
 from pennyweight.data.requests import Trace
 from pennyweight.data.schema import Column, Schema
 from pennyweight.distribute.planner import Place
-from pennyweight.model.bundle import Bundle, load, save
+from pennyweight.model.bundle import Bundle, Index, load, save
 from pennyweight.model.cascade import Cascade
 from pennyweight.model.onnx import read
 from pennyweight.model.ranking import DeepFM
@@ -86,6 +87,7 @@ CASES = (
     Case(QuantizeOnnx("int4")),
     Case(Place()),
     Case(SetRuntime(engine="eager", threads=1, batch=256)),
+    Case(SetIndex(Index("ivf", "int8", lists=64, probes=8, recall=0.99, k=100))),
     Case(SetPolicy(batch=4, wait_ms=1.0, deadline_ms=100.0)),
 )
 every = pytest.mark.parametrize(

@@ -26,6 +26,7 @@ from typing import Any, ClassVar, Literal, get_args
 import torch
 from torch import nn
 
+from pennyweight.accelerate import index as index  # its transform is one of this family's
 from pennyweight.accelerate.compile import Exported, Maker, Scorer, export, make
 from pennyweight.accelerate.runner import Runner
 from pennyweight.core import hardware

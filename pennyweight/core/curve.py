@@ -23,7 +23,7 @@ import math
 from collections.abc import Iterable
 
 import numpy as np
-from scipy.optimize import nnls  # type: ignore[import-untyped]
+from scipy.optimize import nnls
 
 from pennyweight.core.errors import ConfigError
 

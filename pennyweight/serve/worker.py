@@ -1,8 +1,9 @@
 """The model at work: candidates out of the whole catalogue, then their ranking, for several requests in one forward.
 
-A worker is called from one thread only and knows nothing of HTTP, users or time. Retrieval is a matrix product with the
-items' vectors, computed once; at a million items of 64 numbers that is 256 MB and about 20 ms a request, from where a
-nearest-neighbour index pays. A model that only ranks scores every item instead: exact, and slow for large catalogues.
+A worker is called from one thread only and knows nothing of HTTP, users or time. Retrieval searches the items' vectors, which
+are computed once, by the index the bundle's runtime names: exact, or inverted lists where the catalogue is so large that
+``accelerate.index.choose`` found them to pay. A model that only ranks scores every item instead: exact, and slow for large
+catalogues.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from pennyweight.accelerate.index import Searcher, best, opened
 from pennyweight.accelerate.runner import Runner
 from pennyweight.core.errors import BundleError, ConfigError
 from pennyweight.data.catalog import Catalog
@@ -81,6 +83,9 @@ class Worker:
                 f"the model gives scores of shape {shape} for {len(self.ids[:2])} items; serving needs one score an item"
             )
         self.vectors = self._vectors() if hasattr(self.runner.module, "item_vectors") else None
+        self.index: Searcher | None
+        self.index, self.note = (None, "") if self.vectors is None else opened(self.vectors, bundle.runtime.index)
+        """What candidates are found by, and why it is not the index asked for where it is not."""
         self._places = np.full(self.catalog.schema.item.size, -1)
         self._places[self.ids] = np.arange(len(self.ids))
 
@@ -113,18 +118,17 @@ class Worker:
         return [next(found) if q.items is None else q.items for q in queries]
 
     def _retrieve(self, queries: Sequence[Query]) -> list[Ids]:
-        if self.vectors is None:
+        if self.index is None:
             return [self.ids[~np.isin(self.ids, q.hidden)] for q in queries]
         users = _finite(self.runner.user_vectors(_joined([q.asker for q in queries])), "numbers of users' vectors")
-        return [
-            self.ids[_best(self._masked(scores, q), q.count)] for scores, q in zip(users @ self.vectors.T, queries, strict=True)
-        ]
+        found = self.index.search(users, max(q.count for q in queries), [self._rows(q.hidden) for q in queries])
+        return [self.ids[f.places[: q.count]] for f, q in zip(found, queries, strict=True)]
 
     def _similarity(self, query: Query) -> Ranked:
         """The items nearest (by cosine) to the mean of what was liked: for a model that reads no history."""
-        scores = self._masked(self._unit @ self._unit[self._rows(query.history)].mean(0), query)
-        best = _best(scores, query.count)
-        return Ranked(self.ids[best], scores[best])
+        scores = self._unit @ self._unit[self._rows(query.history)].mean(0)
+        found = best(scores, query.count, self._rows(query.hidden))
+        return Ranked(self.ids[found.places], found.scores)
 
     def _popularity(self, query: Query) -> Ranked:
         """The items most frequent in training; the score is how often they occur."""
@@ -143,10 +147,6 @@ class Worker:
         unit: Floats = self.vectors / np.maximum(lengths, 1e-12)
         return unit
 
-    def _masked(self, scores: Floats, query: Query) -> Floats:
-        scores[self._rows(query.hidden)] = -np.inf
-        return scores
-
     def _rows(self, items: Ids) -> Ids:
         """Rows of the vectors these ids have; one without a row in the catalogue is left out."""
         places = self._places[items]
@@ -159,13 +159,6 @@ class Worker:
     def _vectors(self) -> Floats:
         chunks = [self.ids[i : i + CHUNK] for i in range(0, len(self.ids), CHUNK)]
         return np.concatenate([self.runner.item_vectors(self.catalog.item_batch(chunk)) for chunk in chunks])
-
-
-def _best(scores: Floats, count: int) -> Ids:
-    """Places of the ``count`` best finite scores, best first."""
-    count = min(count, int(np.isfinite(scores).sum()))
-    best = np.argpartition(-scores, count - 1)[:count] if count else np.empty(0, np.int64)
-    return best[np.argsort(-scores[best], kind="stable")]
 
 
 def _finite(values: Floats, what: str) -> Floats:
