@@ -157,7 +157,8 @@ def filled(page: str, table: str) -> str:
     _, end, after = rest.partition(END)
     if not end:
         raise ValueError(f"{PAGE.name} lacks {BEGIN} or {END}")
-    return f"{before}{BEGIN}\n\n{table}\n\n{END}{after}" if table else f"{before}{BEGIN}\n{END}{after}"
+    shown = f"\n![Loss against how much smaller, ours and others](images/{PICTURE.name})\n\n{table}\n\n" if table else ""
+    return f"{before}{BEGIN}\n{shown}{END}{after}"
 
 
 # -- the picture -----------------------------------------------------------------------------------------------------------
@@ -242,7 +243,8 @@ def main(argv: Sequence[str]) -> None:
     if "--quick" in argv:
         print(figures(found))
         return
-    write(PICTURE, chart(found))
+    if found:
+        write(PICTURE, chart(found))
     write(PAGE, filled(PAGE.read_text(), figures(found)))
     print(f"{len(found)} rows: {PICTURE} and the figures of {PAGE}")
 

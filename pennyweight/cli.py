@@ -267,6 +267,7 @@ def apply(
 @app.command()
 def inspect(bundle: Annotated[Path, typer.Argument(help="A bundle folder.")], allow: Allow = []) -> None:  # noqa: B006
     """What a bundle holds: layers and their bytes, placement, runtime, policy, and the plan that made it."""
+    from pennyweight.compress.rewrite import untouched
     from pennyweight.core.config import encode
     from pennyweight.model.bundle import load
     from pennyweight.optimize.cost import described
@@ -276,6 +277,8 @@ def inspect(bundle: Annotated[Path, typer.Argument(help="A bundle folder.")], al
     for path, layer in described(held, allow).items():
         facts = ", ".join(f"{k} {v}" for k, v in encode(layer).items() if v not in (None, 0, "", False) and k != "layer")
         shown.add_row(path, f"{type(layer).__name__.lower()}: {facts}", f"{layer.bytes():,}", f"{layer.flops():,}")
+    for strange in untouched(held.model.build(allow)):
+        shown.add_row(strange.path, f"{strange.kind}: no compression knows this kind", f"{strange.bytes:,}", "")
     out_console.print(shown)
     for name in ("placement", "runtime", "policy"):
         out_console.print(f"{name}: {encode(getattr(held, name))}", highlight=False)
