@@ -13,11 +13,14 @@ packages() {
     torch) echo torch==2.13.0 torchao==0.18.0 torch-pruning==1.6.1 numpy==2.4.6 safetensors==0.8.0 ;;
     neural) echo torch==2.13.0 neural-compressor-pt==3.10 accelerate safetensors==0.8.0 ;;
     keras) echo torch==2.13.0 keras==3.15.1 numpy==2.4.6 safetensors==0.8.0 ;;
-    *) echo "no peer $1; there are: onnxruntime openvino torch neural keras" >&2; exit 1 ;;
+    rechub) echo torch==2.13.0 torch-rechub==0.9.0 ;;
+    fuxictr) echo torch==2.13.0 fuxictr==2.3.10 ;;
+    recbole) echo torch==2.13.0 recbole==1.2.1 numpy==1.26.4 "pandas<2.3" "scipy<1.14" "setuptools<81" ;;
+    *) echo "no peer $1; there are: onnxruntime openvino torch neural keras rechub fuxictr recbole" >&2; exit 1 ;;
   esac
 }
 
-for peer in ${@:-onnxruntime openvino torch neural keras}; do
+for peer in ${@:-onnxruntime openvino torch neural keras rechub fuxictr recbole}; do
   wanted=$(packages "$peer")
   [ -d "$folder/$peer" ] || "$python" -m venv "$folder/$peer"
   # shellcheck disable=SC2086  # several packages
