@@ -26,6 +26,7 @@ from pennyweight.compress.aware import TrainRounded
 from pennyweight.compress.bands import DropFields, DropRows, SplitRows
 from pennyweight.compress.distill import Distill
 from pennyweight.compress.factor import FactorDense
+from pennyweight.compress.narrow import NarrowTables
 from pennyweight.compress.onnx import QuantizeOnnx
 from pennyweight.compress.prune import FoldNorms, PruneNeurons
 from pennyweight.compress.quantize import QuantizeDense, QuantizeTables
@@ -72,6 +73,7 @@ CASES = (
     Case(SubstituteTables("hot", ratio=4.0, min_rows=100), idle=SubstituteTables(min_rows=1000)),
     Case(RotateTables(dim=6), idle=RotateTables(dim=9)),
     Case(SubtractCentres(codes=16)),
+    Case(NarrowTables(dim=3), idle=NarrowTables(keep=1.0)),
     Case(SplitRows((0.1, 0.3), min_rows=100), idle=SplitRows(min_rows=1000)),
     Case(DropRows(0.3, min_rows=100)),
     Case(DropFields(0.01), idle=DropFields(1e-12)),

@@ -20,7 +20,7 @@ IMPORTED = """
     Budget Bundle Column Dataset Env Model Plan Recipe Result Schema Spec Transform Trial fit load optimize plan save spec_of
 """
 TRANSFORMS = (
-    "code-tables distill drop-fields drop-rows factor-dense fold-norms index place prune-neurons quantize-dense "
+    "code-tables distill drop-fields drop-rows factor-dense fold-norms index narrow-tables place prune-neurons quantize-dense "
     "quantize-onnx quantize-tables queue rotate-tables run share-rows split-rows substitute-tables subtract-centres "
     "train-rounded"
 )
