@@ -191,7 +191,7 @@ class Lists:
     @property
     def bytes(self) -> int:
         """Bytes of codes, ids, centroids and routes."""
-        return len(self) * (self._ivf.code_size + 8) + 2 * self._routes.nbytes
+        return len(self) * (int(self._ivf.code_size) + 8) + 2 * self._routes.nbytes
 
     def __len__(self) -> int:
         return int(self._ivf.ntotal)

@@ -18,6 +18,7 @@ rows in use in memory. They leave memory when the bundle they came from does: th
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -164,10 +165,15 @@ class Runner:
         before = torch.get_num_threads()
         torch.set_num_threads(threads or before)
         try:
-            with torch.inference_mode():
+            with torch.inference_mode(), self._precise():
                 return work()
         finally:
             torch.set_num_threads(before)
+
+    def _precise(self) -> contextlib.AbstractContextManager[Any]:
+        if self.runtime.precision == "fp32":
+            return contextlib.nullcontext()
+        return torch.autocast("cpu" if self.home == "cpu" else "cuda", torch.bfloat16)
 
     def _cut(self, runtime: Runtime, batch: Batch) -> Tensor:
         if not self._unshared and (shared := self._factored(batch)) is not None and repeated(batch, shared):

@@ -68,6 +68,8 @@ class SetRuntime(Transform):
     """Other settings for smaller batches, by rows ascending."""
     machine: str = ""
     """Where this was measured, as ``core.hardware.fingerprint`` names it."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """What dense arithmetic is done in."""
 
     family: ClassVar[Literal["accelerate"]] = "accelerate"
     stage: ClassVar[Literal["runtime"]] = "runtime"
@@ -80,14 +82,15 @@ class SetRuntime(Transform):
 
     def change(self, bundle: Bundle, env: Env) -> Bundle:
         """The bundle with this runtime; whether the engine is installed is found by the Runner, on the machine that serves."""
-        runtime = Runtime(self.engine, self.threads, self.batch, self.shared, self.buckets, machine=self.machine)
-        return bundle.replace(runtime=dataclasses.replace(runtime, index=bundle.runtime.index))
+        runtime = Runtime(self.engine, self.threads, self.batch, self.shared, self.buckets, bundle.runtime.index)
+        return bundle.replace(runtime=dataclasses.replace(runtime, precision=self.precision, machine=self.machine))
 
     def describe(self) -> str:
         """One plain sentence."""
         threads = f"{self.threads} thread{'s' * (self.threads != 1)}" if self.threads else "as many threads as the engine likes"
         parts = [f"run with {self.engine} on {threads}", *([f"{self.batch} rows at a time"] if self.batch else [])]
         parts += [f"{b.engine} up to {b.rows} rows" for b in self.buckets]
+        parts += ["in bf16"] if self.precision == "bf16" else []
         return ", ".join([*parts, *(["what candidates share once"] if self.shared else [])])
 
 

@@ -99,6 +99,8 @@ class Runtime:
     """Other settings for smaller batches, by rows ascending; a batch takes the first it fits in, else the fields above."""
     index: Index = Index()
     """How candidates are found."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """What dense arithmetic is done in; bf16 by PyTorch's autocast, so only where PyTorch runs the model."""
     machine: str = ""
     """Where this was measured (``core.hardware.fingerprint``); empty where it was not. Elsewhere it is measured again."""
 
