@@ -469,10 +469,13 @@ def _done(name: str, before: Part | None, after: Sequence[Part]) -> str:
         return "left alone: no compression knows this kind of layer"
     if not after:
         return "folded into the layer beside it" if before.kind.startswith("norm ") else "left out"
-    if len(after) > 1 or after[0].name != name:
-        inner = (f"{p.name.removeprefix(name).lstrip('.') or 'itself'}: {p.kind}" for p in after)
-        return f"in {len(after)} parts: {', '.join(inner)}"
-    return "" if name == REST else _changed(before.kind.split(), after[0].kind.split())
+    inner = [f"{p.name.removeprefix(f'{name}.')}: {p.kind}" for p in after if p.name != name]
+    if inner:
+        beside = ", and a map of its ids" if len(inner) < len(after) else ""
+        return f"now {inner[0].partition(': ')[2]}" if len(after) == 1 else f"in {len(inner)}: {', '.join(inner)}{beside}"
+    if name == REST:
+        return "" if before.kind == after[0].kind else f"now {after[0].kind}"
+    return _changed(before.kind.split(), after[0].kind.split())
 
 
 def _changed(before: Sequence[str], after: Sequence[str]) -> str:
