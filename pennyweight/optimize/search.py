@@ -79,14 +79,21 @@ WAYS = 6.0
 TUNED = 3
 """Structures whose runtime is chosen by measurement: the cheapest plan may not be proven, and another's is another's."""
 
-RECOVERABLE, BOLDER = 4.0, 3.0
-"""Margins that a structure may lose before training to be tried first, and how many more or fewer the next may.
+LEFT = (0.25, 1.0)
+"""Share of what a structure loses on each axis (neurons, rows) that training is taken to leave.
 
-On Frappe, a net cut to a quarter lost 1.6 margins of .001 before 15 epochs of recovery, and gained one after.
+On Frappe, a net cut to a quarter lost .0016 before 15 epochs of recovery and gained .0010 after; rows that share 3 codes lost
+.0011 after them. What was right is no matter: the next structure is chosen by what came of the last.
 """
+
+BOLDER = 3.0
+"""How many times more the next structure may lose than the last one that held, or less than one that did not."""
 
 LOOKING = 0.3
 """Share of the compute cap after which no structure is looked at untrained."""
+
+FINALISTS = 12
+"""Plans put to the proof at most: each must be proven for the next to be tested, so more of them cost scoring alone."""
 
 BRIEF = 0.1
 """Seconds that a trial is timed at most where its time decides nothing."""
@@ -180,7 +187,7 @@ def _next(rungs: Sequence[Rung], bold: bool) -> Rung:
 
 
 def _smallest(rungs: Sequence[Rung], lost: Mapping[Levels, float], room: float) -> Rung:
-    """The smallest structure whose loss before training leaves hope; where none does, the one that loses least."""
+    """The smallest structure that is taken to lose no more than ``room``; where none is, the one that loses least."""
     hopeful = [r for r in rungs if lost[r.levels] <= room]
     if hopeful:
         return min(hopeful, key=lambda r: r.guesses[-1].bytes)
@@ -502,7 +509,7 @@ class Search:
         if open_ and self.options.tries:
             self.train_teachers()
         lost = self._unrecovered(open_) if self.options.objective == "bytes" and self.options.tries else {}
-        held, room = True, RECOVERABLE * self.margin
+        held, room = True, self.margin
         for tried in range(self.options.tries):
             if not open_ or not self._affordable():
                 break
@@ -515,7 +522,7 @@ class Search:
             open_ = [r for r in open_ if not (stronger(rung.levels, r.levels) if held else stronger(r.levels, rung.levels))]
 
     def _unrecovered(self, rungs: Sequence[Rung]) -> dict[Levels, float]:
-        """What each structure loses on validation before any training; one that is several things, the sum of theirs.
+        """What each structure is taken to lose on validation, by what its parts lose before any training.
 
         Structures that there was no time to look at lose without end.
         """
@@ -526,8 +533,12 @@ class Search:
                 break
             with contextlib.suppress(PlanError):
                 alone[rung.levels] = self._validated(self._applied(plan(rung.structure))).drop
-        axes = [[tuple(x * (k == j) for j, x in enumerate(r.levels)) for k, x in enumerate(r.levels) if x] for r in rungs]
-        return {r.levels: sum(alone.get(a, math.inf) for a in each) for r, each in zip(rungs, axes, strict=True)}
+
+        def lost(levels: Levels) -> float:
+            axes = [(LEFT[k], tuple(level * (k == j) for j in range(len(levels)))) for k, level in enumerate(levels) if level]
+            return sum(left * alone.get(axis, math.inf) for left, axis in axes)
+
+        return {r.levels: lost(r.levels) for r in rungs}
 
     def _rungs(self, found: Mapping[Levels, Structure], norms: bool) -> list[Rung]:
         """Structures with their data types and predicted costs, cheapest last; those that cannot be applied are left out."""
@@ -635,9 +646,7 @@ class Search:
             trial = self.attempt((*trained, *fold, *found.transforms), self._foreseen(bundle, found.transforms), "allocated")
             if trial.measured is None:
                 break
-            told = dataclasses.replace(trial, losses=found.losses)
-            self._swap(trial, told)
-            trial = told
+            self._swap(trial, dataclasses.replace(trial, losses=found.losses))
             if trial.measured.bytes > limit:  # the file's header is longer than it was
                 target -= trial.measured.bytes - limit
                 continue
@@ -732,7 +741,7 @@ class Search:
         for trial in fit:
             if not kept or _bound(trial) < _bound(kept[-1]):
                 kept.append(trial)
-        return kept[:5][::-1]
+        return kept[:FINALISTS][::-1]
 
     def proof(self, finalists: Sequence[Trial], control: Trial | None) -> tuple[list[Trial], Trial | None]:
         """Put finalists to the test rows; those proven, the cheapest first, and the control with its proof."""

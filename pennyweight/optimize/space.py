@@ -22,7 +22,7 @@ from pennyweight.compress.onnx import nodes
 from pennyweight.compress.prune import FoldNorms, PruneNeurons, hidden
 from pennyweight.compress.quantize import QuantizeDense, QuantizeTables
 from pennyweight.compress.rewrite import chosen
-from pennyweight.compress.share import ShareRows
+from pennyweight.compress.share import CodeTables, ShareRows
 from pennyweight.core.errors import ConfigError
 from pennyweight.model.bundle import Bundle
 from pennyweight.model.conv import Conv
@@ -44,6 +44,9 @@ RETRIEVAL = ("retrieval.*",)
 MIXUP = 0.4
 """Rows are blended by shares of Beta(.4, .4), most near one of the two. Digits, a net cut to half, two folds: with labels and a
 teacher at .3 it gained .013 and .008 of accuracy; without blends it lost .002 and .001."""
+
+CODED = 64
+"""Rows from which a table has levels of its own, at 4 bits, in place of a scale a row."""
 
 WIDTHS = (2, 4, 8)
 """Numbers of a row that share one code: 8x, 16x and 32x smaller than fp32, codebooks aside."""
@@ -68,9 +71,13 @@ def structures(bundle: Bundle, layers: Mapping[str, Layer], env: Env, skip: Sequ
     return {(i, k): spared((*prune, *share), skip) for (i, prune), (k, share) in every}
 
 
+def _retrieves(path: str) -> bool:
+    return any(fnmatch.fnmatchcase(path, pattern) for pattern in RETRIEVAL)
+
+
 def staged(layers: Mapping[str, Layer]) -> bool:
     """Whether these are the layers of a cascade, with a retrieval stage."""
-    return any(fnmatch.fnmatchcase(path, pattern) for path in layers for pattern in RETRIEVAL)
+    return any(map(_retrieves, layers))
 
 
 def forbidden(bundle: Bundle, patterns: Sequence[str], allow: Sequence[str]) -> tuple[str, ...]:
@@ -155,6 +162,10 @@ def types(layers: Mapping[str, Layer], norms: bool, rows: bool = True, skip: Seq
     stored: dict[str, Structure] = {
         t: (*wide, QuantizeTables(t, skip=RETRIEVAL if wide else ())) for t in ("fp16", "int8", "int4")
     }
+    whole = {p: la for p, la in held.items() if (la.layout, la.data_type) == ("full", "fp32") and not (wide and _retrieves(p))}
+    coded = tuple(path for path, layer in whole.items() if layer.rows >= CODED)
+    rest = tuple(path for path in held if path not in coded and not (wide and _retrieves(path)))
+    stored["coded"] = (*wide, CodeTables(only=coded), *([QuantizeTables("int4", only=rest)] if rest else []))
     fold: Structure = (FoldNorms(),) if norms else ()
     dense = any(isinstance(layer, (Dense, Conv)) for layer in layers.values())
     choices: list[tuple[str, Structure]] = [
@@ -162,6 +173,7 @@ def types(layers: Mapping[str, Layer], norms: bool, rows: bool = True, skip: Seq
         (strong, (QuantizeDense("int8"),)),
         (strong, (QuantizeDense("int4", feedback=rows),)),
         *([(strong, (QuantizeDense("int3", feedback=True),))] if rows else []),
+        *([("coded", (QuantizeDense("int3", feedback=True),))] if rows and coded else []),
     ]
     # Without tables, or without dense layers, some are the same.
     made = dict.fromkeys((*fold, *(stored[t] if held else ()), *(d if dense else ())) for t, d in choices)
