@@ -46,9 +46,10 @@ from pennyweight.model.cascade import Cascade
 from pennyweight.model.onnx import read
 from pennyweight.model.ranking import DeepFM
 from pennyweight.model.retrieval import MatrixFactorization, TwoTower
-from pennyweight.model.spec import Model, build, call, seeded, spec_of
+from pennyweight.model.spec import Model, build, call, leaves, seeded, spec_of
 from pennyweight.model.train import Recipe, fit
 from pennyweight.model.transform import FIELD, Env, Plan, Transform
+from pennyweight.optimize.space import spared
 from pennyweight.schedule.policy import SetPolicy
 
 
@@ -312,3 +313,21 @@ def test_it_says_what_it_does(case: Case) -> None:
     text = case.transform.describe()
     assert text and len(text) <= 120 and "\n" not in text
     assert hash(case.transform) == hash(dataclasses.replace(case.transform))
+
+
+@every
+def test_what_is_to_be_left_alone_keeps_every_number(
+    case: Case, given: Bundle, full: Env, changed: Callable[[Transform], Bundle]
+) -> None:
+    """Each compression has a list of layers to skip, and any layer that it changes can be on it."""
+    if case.transform.family != "compress" or case.on == "graph":  # a graph's nodes have names, and no tensors of their own
+        return
+    before, after = given.model.state, changed(case.transform).model.state
+    held = {path: [n for n in before if n.startswith(f"{path}.")] for path, _ in leaves(given.model.build())}
+    moved = [p for p, names in held.items() if any(n not in after or not torch.equal(after[n], before[n]) for n in names)]
+    for path in dict.fromkeys((moved[0], moved[-1])):
+        try:
+            state = spared((case.transform,), (path,))[0].apply(given, full).model.state
+        except PlanError:  # nothing else was there to change
+            continue
+        assert all(torch.equal(state[name], before[name]) for name in held[path]), path
