@@ -101,7 +101,7 @@ class _Search:
         usual = tuple(v[0] for v in self.values)
         for value in self.values[0]:
             self.try_((value, *usual[1:]), f"{self.names[0]} {value}")
-        timed = sorted((ms, p[0]) for p, ms in self.seen.items() if ms is not None)  # type: ignore[type-var]
+        timed = sorted((ms, p[0]) for p, ms in self.seen.items() if ms is not None)
         starts = [v for ms, v in timed[:STARTS] if ms <= HOPELESS * timed[0][0]]
         for value in starts:
             self.walk((value, *usual[1:]))

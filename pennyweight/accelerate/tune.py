@@ -10,17 +10,26 @@ alternative, a full grid, gives the hopeless as many calls as the best. What is 
 p99: the tail is what a budget limits, and of a few dozen calls only the middle is certain. Candidates within a few percent of
 the best are a tie, and the simplest of them wins: eager before ONNX Runtime before compile, fewer threads, no cut.
 
+Where the settings multiply (engines x precisions x threads x cuts), ``fastest`` measures a fifth of the points instead
+(``accelerate.explore``), each in turns with the best so far, so that its time is a ratio and not the hour's weather. What it
+found is remembered in the user's cache folder by the machine and the model's shape; what another machine found is not used.
+
 Cost: making an engine takes seconds (ONNX) to a minute (compile); one that would not fit in the time left is not started,
-and the trace says so.
+and the trace says so. Whatever fails while it is measured, memory that runs out included, is a point marked in the trace.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import itertools
+import json
+import logging
 import math
+import os
 import time
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, ClassVar, Literal, get_args
 
 import torch
@@ -28,14 +37,17 @@ from torch import nn
 
 from pennyweight.accelerate import index as index  # its transform is one of this family's
 from pennyweight.accelerate.compile import Exported, Maker, Scorer, export, make
+from pennyweight.accelerate.explore import SHARE, Measured, Point, explore
 from pennyweight.accelerate.runner import Runner
 from pennyweight.core import hardware
-from pennyweight.core.config import named
-from pennyweight.core.errors import ConfigError, DeviceError, PlanError
+from pennyweight.core.config import dumps, encode, loads, named, write
+from pennyweight.core.errors import ConfigError, DeviceError, PlanError, StorageError
 from pennyweight.core.measure import Call, Latency, interleaved, over
 from pennyweight.model.bundle import Bucket, Bundle, Engine, Runtime
 from pennyweight.model.spec import Batch
 from pennyweight.model.transform import Env, Transform
+
+log = logging.getLogger(__name__)
 
 ENGINES: tuple[Engine, ...] = get_args(Engine)
 """Simplest first: the order in which ties are decided."""
@@ -138,6 +150,232 @@ def tune(
     best = _simplest(timings)
     timings[best] = dataclasses.replace(timings[best], note=CHOSEN)
     return SetRuntime(best.engine, best.threads, best.batch), tuple(timings[r] for r in runtimes)
+
+
+PRECISE = 0.02
+"""Largest mean difference of logits in bf16 from those in fp32, in their standard deviations."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Tuning:
+    """What ``fastest`` found, and how."""
+
+    chosen: SetRuntime
+    trace: tuple[Timing, ...] = ()
+    """Every point that was measured or failed, in order; ``latency.ratio`` is to the best before it."""
+    points: int = 0
+    """All points there were."""
+    note: str = ""
+    """Where it was remembered, or why what was remembered was not used."""
+
+
+def fastest(
+    bundle: Bundle,
+    batches: Sequence[Batch],
+    *,
+    seconds: float = 60.0,
+    engines: Sequence[Engine] = ENGINES,
+    threads: Sequence[int] = (),
+    cuts: Sequence[int] = (0, 64, 256, 1024),
+    precisions: Sequence[Literal["fp32", "bf16"]] = ("fp32",),
+    share: float = SHARE,
+    allow: Sequence[str] = (),
+    memory: Path | None = None,
+    maker: Maker | None = None,
+) -> Tuning:
+    """The fastest runtime over ``batches``, found by measuring at most a share of engine x precision x threads x cut.
+
+    Args:
+        bundle: what is tuned; its own runtime counts for nothing but the index, which is kept.
+        batches: one request each.
+        seconds: making engines included; a point is then not started.
+        engines: to choose from, the simplest first.
+        threads: to choose from; 1, 2, 4 ... up to the cores by default.
+        cuts: rows in one forward; those not below the largest batch are left out.
+        precisions: of dense arithmetic; bf16 is dropped where logits move by more than ``PRECISE``.
+        share: of all points that may be measured.
+        allow: factories the user allows.
+        memory: the folder of what was found before (``remembered``); None remembers nothing.
+        maker: makes engines in place of ``compile.make``.
+
+    Raises:
+        PlanError: there are no batches, or nothing can run this model.
+    """
+    if not batches:
+        raise PlanError("tune needs at least one request to measure with; sample a trace with Trace.sample")
+    rows = max(len(next(iter(b.values()))) for b in batches)
+    axes: dict[str, Sequence[object]] = {
+        "engine": engines,
+        "threads": threads or _powers(hardware.limits()[0]),
+        "cut": [c for c in cuts if c < rows],
+        "precision": precisions,
+    }
+    key = _key(bundle, rows, axes)
+    known, note = remembered(memory, key) if memory else (None, "")
+    if known is not None:
+        return Tuning(known, note=note)
+    with _Bench(bundle, batches, seconds, allow, maker or _sharing()) as bench:
+        point, tried = explore(axes, bench.measure, share=share, skip=_senseless)
+        finalists = [point, *(p for p in bench.nearest() if p != point)]
+        best = bench.final(finalists)
+    runtime = _runtime(best)
+    chosen = SetRuntime(
+        runtime.engine, runtime.threads, runtime.batch, machine=hardware.fingerprint(), precision=runtime.precision
+    )
+    trace = tuple(Timing(_runtime(t.point), bench.taken.get(t.point), CHOSEN if t.point == best else t.note) for t in tried)
+    points = sum(not _senseless(p) for p in itertools.product(*axes.values()))
+    if memory:
+        remember(memory, key, chosen)
+    return Tuning(chosen, trace, points, note)
+
+
+def _runtime(point: Point) -> Runtime:
+    engine, threads, cut, precision = point
+    return Runtime(engine, threads, cut, precision=precision)  # type: ignore[arg-type]
+
+
+def _senseless(point: Point) -> str:
+    return "bf16 is PyTorch's" if point[3] != "fp32" and point[0] not in ("eager", "compile") else ""
+
+
+class _Bench:
+    """Measures one point at a time, in turns with the fastest so far; engines are made once for each number of threads."""
+
+    def __init__(self, bundle: Bundle, batches: Sequence[Batch], seconds: float, allow: Sequence[str], maker: Maker) -> None:
+        self.bundle, self.batches, self.allow, self.maker = bundle, batches, allow, maker
+        self.seconds, self.end = seconds, time.monotonic() + seconds
+        self.scorers: dict[tuple[str, int, str], Scorer] = {}
+        self.live: dict[Point, Runner] = {}
+        self.taken: dict[Point, Latency] = {}
+        self.ms: dict[Point, float] = {}
+        self.spent: dict[str, int] = {}
+
+    def __enter__(self) -> _Bench:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for runner in self.live.values():
+            runner.close()
+
+    def measure(self, point: Point) -> Measured:
+        """Milliseconds of a point, or the reason there are none."""
+        runtime, left = _runtime(point), self.end - time.monotonic()
+        making = 0.0 if any(k[0] == runtime.engine for k in self.scorers) else MAKES_S[runtime.engine]
+        if self.ms and (left <= 0 or making > left):
+            return None, f"not tried: making it may take {making:g} s and {max(0, left):.0f} s were left"
+        if (bound := self.spent.get(runtime.engine)) is not None and not 0 < runtime.batch < bound:
+            return None, f"not tried: {runtime.engine} ran out of memory in cuts of {bound if bound < ALL else 'all'} rows"
+        try:
+            return self._timed(point, self._runner(runtime))
+        except DeviceError as error:
+            return None, str(error)
+        except Exception as error:  # an engine's own machinery fails in its own ways, and the search goes on
+            if _out_of_memory(error):
+                self.spent[runtime.engine] = min(self.spent.get(runtime.engine, ALL), runtime.batch or ALL)
+                return None, f"out of memory in cuts of {runtime.batch or 'all'} rows"
+            reason = " ".join(str(error).split())[:160]
+            return None, f"engine {runtime.engine!r} failed while it ran: {type(error).__name__}: {reason}"
+
+    def _runner(self, runtime: Runtime) -> Runner:
+        return Runner(self.bundle.replace(runtime=runtime), self.allow, probe=self.batches[0], maker=self._once(runtime))
+
+    def _once(self, runtime: Runtime) -> Maker:
+        key = (runtime.engine, runtime.threads, runtime.precision)
+
+        def made(module: nn.Module, runtime: Runtime, probe: Batch, inputs: Sequence[str]) -> Scorer:
+            if key not in self.scorers:
+                self.scorers[key] = self.maker(module, runtime, probe, inputs)
+            return self.scorers[key]
+
+        return made
+
+    def _timed(self, point: Point, runner: Runner) -> Measured:
+        runner.score(self.batches[0])  # what fails, fails before the best is timed again
+        if point[3] != "fp32" and (far := self._far(point, runner)):
+            runner.close()
+            return None, far
+        best = min(self.ms, key=self.ms.__getitem__) if self.ms else point
+        self.live[point] = runner
+        calls = [over(self.live[p].score, self.batches) for p in (best, point)]
+        taken = interleaved(calls, rounds=200, warmup=2, seconds=self.seconds / 60)
+        self.taken[point] = taken[1]
+        # A ratio to the best so far: both met the same weather, and the best's own time is that of its first turn.
+        self.ms[point] = taken[1].p50_ms if best == point else self.ms[best] * taken[1].ratio
+        return self.ms[point], ""
+
+    def _far(self, point: Point, runner: Runner) -> str:
+        exact = self.live.get((*point[:3], "fp32")) or next(iter(self.live.values()), None)
+        if exact is None:
+            return "not tried: nothing in fp32 to compare with"
+        want, got = exact.score(self.batches[0]), runner.score(self.batches[0])
+        moved = float(abs(got - want).mean() / max(float(want.std()), 1e-9))
+        return f"bf16 moves logits by {moved:.3f} of their deviation, more than {PRECISE:g}" if moved > PRECISE else ""
+
+    def nearest(self, count: int = 3) -> list[Point]:
+        """The fastest points so far."""
+        return sorted(self.ms, key=self.ms.__getitem__)[:count]
+
+    def final(self, points: Sequence[Point]) -> Point:
+        """The simplest of those that, timed at length beside each other, are as good as the best."""
+        taken = interleaved([over(self.live[p].score, self.batches) for p in points], rounds=500, seconds=self.seconds / 10)
+        cost = {p: t.ratio for p, t in zip(points, taken, strict=True)}
+        return min((p for p, c in cost.items() if c <= TIE_LAST * min(cost.values())), key=lambda p: _simplicity(_runtime(p)))
+
+
+ALL = 1 << 62
+"""A cut of all rows, as a number of rows."""
+TIE_LAST = 1.02
+"""Up to this factor of the best the simplest of the last few wins."""
+
+
+def _out_of_memory(error: Exception) -> bool:
+    words = ("out of memory", "can't allocate memory", "cannot allocate memory", "bad_alloc", "failed to allocate")
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(w in str(error).lower() for w in words)
+
+
+# -- what was found before ----------------------------------------------------------------------------------------------
+
+
+def folder() -> Path:
+    """Where what was found is kept: ``PENNYWEIGHT_CACHE``, or ``pennyweight`` in the user's cache folder."""
+    cache = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
+    return Path(os.environ.get("PENNYWEIGHT_CACHE") or Path(cache) / "pennyweight")
+
+
+@dataclasses.dataclass(frozen=True)
+class Remembered:
+    """One finding on disk."""
+
+    machine: str
+    chosen: SetRuntime
+
+
+def remember(memory: Path, key: str, chosen: SetRuntime) -> None:
+    """Keep a finding; a folder that cannot be written is no reason to fail."""
+    try:
+        write(memory / f"{key}.json", dumps(Remembered(hardware.fingerprint(), chosen)))
+    except StorageError as error:
+        log.warning("the tuning is not remembered: %s", error)
+
+
+def remembered(memory: Path, key: str) -> tuple[SetRuntime | None, str]:
+    """What was found for this machine and shape, and a note; None where there is nothing, or nothing of use."""
+    file = memory / f"{key}.json"
+    if not file.is_file():
+        return None, ""
+    try:
+        found = loads(Remembered, file.read_bytes(), str(file))
+    except (ConfigError, OSError) as error:
+        return None, f"what was remembered cannot be read and is measured again: {error}"
+    if found.machine != (here := hardware.fingerprint()):
+        return None, f"what was remembered is of {found.machine!r} and this is {here!r}; measured again"
+    return found.chosen, f"remembered from {file}; remove it to measure again"
+
+
+def _key(bundle: Bundle, rows: int, axes: Mapping[str, Sequence[object]]) -> str:
+    """The model's shape (its spec, not its weights), the size of a request, and what there was to choose from."""
+    given = [encode(bundle.model.spec), encode(bundle.placement), rows, encode({k: list(v) for k, v in axes.items()})]
+    return hashlib.sha256(json.dumps(given, sort_keys=True).encode()).hexdigest()[:16]
 
 
 SIZES = (1, 16, 256, 4096)
