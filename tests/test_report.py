@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import math
 import re
 import sys
 from html.parser import HTMLParser
@@ -164,6 +165,33 @@ def test_parts_add_up(proven: Result) -> None:
     assert all(0 <= bar <= 100 for s in shares[:-2] for bar in s.bars)
     few = view(dataclasses.replace(proven, parts_before=before[:1], parts_after=after[-1:])).shares
     assert [(s.name, s.bytes) for s in few] == [("layer.0", ("1 kB", "–")), ("new", ("–", "400 B")), ("all", ("1 kB", "400 B"))]
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "done"),
+    [
+        ("table fp32 900x16", {"t": "table int4 900x16"}, "fp32 → int4"),
+        ("dense fp32 48x64", {"t": "dense int3 32x64"}, "48x64 → 32x64, fp32 → int3"),
+        ("table fp32 900x16", {"t": "table codebook 4x256 int8 900x16"},
+         "rows share 256 vectors in each of 4 parts, fp32 → int8"),
+        ("table fp32 900x16", {"t": "bands", "t.band0": "table int8 90x16", "t.band1": "table int4 810x16"},
+         "in 2: band0: table int8 90x16, band1: table int4 810x16, and a map of its ids"),
+        ("dense fp32 64x64", {"t.0": "dense fp32 64x8", "t.1": "dense fp32 8x64"},
+         "in 2: 0: dense fp32 64x8, 1: dense fp32 8x64"),
+        ("table fp32 22x16", {"t.shared": "table fp32 1x16"}, "now table fp32 1x16"),
+        ("norm 64", {}, "folded into the layer beside it"),
+        ("table fp32 9x9", {}, "left out"),
+        ("norm 64", {"t": "norm 64"}, "as it was"),
+        ("other GRU", {"t": "other GRU"}, "left alone: no compression knows this kind of layer"),
+    ],
+)  # fmt: skip
+def test_what_became_of_a_layer_is_said(proven: Result, before: str, after: dict[str, str], done: str) -> None:
+    was = (Part("t", before, 4000, 1.0, 0), Part("tt", "dense fp32 8x8", 100, 0.1, 0))
+    now = (*(Part(name, kind, 500, 0.5, 0) for name, kind in after.items()), was[1])
+    rows = view(dataclasses.replace(proven, parts_before=was, parts_after=now)).layers
+    assert [r.name for r in rows] == ["t", "tt", "all"] and rows[0].done == done and rows[1].done == "as it was"
+    total = 500 * len(after) + 100
+    assert rows[0].bytes[0] == "4 kB" and rows[-1].smaller == f"{math.floor(41000 / total) / 10:.1f}×"
 
 
 def test_references_lie_on_their_scale(proven: Result) -> None:
