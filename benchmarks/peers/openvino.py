@@ -43,6 +43,10 @@ def auc(compiled: Any, batches: Iterable[dict[str, np.ndarray]]) -> float:
     return float(roc_auc_score(np.concatenate(labels), np.concatenate(logits)))
 
 
+def fp32(job: Job) -> Made:
+    return scorer(job, opened(job), "as given")
+
+
 def int8(job: Job) -> Made:
     model = nncf.quantize(opened(job), rows(job, "calib"), subset_size=16, preset=nncf.QuantizationPreset.MIXED)
     return scorer(job, model, "nncf.quantize, 2,048 calibration rows, mixed preset")

@@ -35,10 +35,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pennyweight.accelerate.fuse import fused
+from pennyweight.accelerate.fuse import fused, lookups
 from pennyweight.accelerate.record import Columns, beside, grouped, light, reads
 from pennyweight.core import hardware
-from pennyweight.core.errors import DeviceError
+from pennyweight.core.errors import ConfigError, DeviceError
 from pennyweight.model.bundle import Runtime
 from pennyweight.model.dense import PackedLinear, narrow
 from pennyweight.model.onnx import session
@@ -171,13 +171,18 @@ class Exported:
     graph: bytes
     inputs: Mapping[str, tuple[str, ...]]
     """The graph's inputs and the columns each takes: one as it is, several side by side."""
+    found: Callable[[Batch], Sequence[Tensor]] | None = None
+    """Rows of packed tables, looked up before and handed in as ``found_0`` ...; None where the graph holds all tables."""
 
     def scorer(self, threads: int = 0) -> Scorer:
         """A session of ONNX Runtime on the CPU; 0 threads is one for every core."""
         running = session(self.graph, threads)
 
         def score(batch: Batch) -> Tensor:
-            (output,) = running.run(None, {name: beside(batch, columns).numpy() for name, columns in self.inputs.items()})
+            given = {name: beside(batch, columns).numpy() for name, columns in self.inputs.items()}
+            if self.found is not None:
+                given |= {f"found_{at}": rows.numpy() for at, rows in enumerate(self.found(batch))}
+            (output,) = running.run(None, given)
             return torch.from_numpy(output)
 
         return score
@@ -191,7 +196,7 @@ def openvino(module: nn.Module, probe: Batch, inputs: Sequence[str] = (), thread
     """
     if importlib.util.find_spec("openvino") is None:
         raise DeviceError("engine 'openvino' needs openvino: pip install openvino onnx onnxscript")
-    exported = export(module, probe, inputs, rounded=False)
+    exported = export(module, probe, inputs, rounded=False, packed=False)
     with _failing("openvino"):
         import openvino as ov
 
@@ -208,10 +213,13 @@ def openvino(module: nn.Module, probe: Batch, inputs: Sequence[str] = (), thread
     return score
 
 
-def export(module: nn.Module, probe: Batch, inputs: Sequence[str] = (), *, rounded: bool = True) -> Exported:
+def export(
+    module: nn.Module, probe: Batch, inputs: Sequence[str] = (), *, rounded: bool = True, packed: bool = True
+) -> Exported:
     """The module as an ONNX graph with a free batch dimension, checked against eager.
 
-    ``rounded`` keeps large int8 layers int8, their inputs rounded over the range of the batch as eager rounds them.
+    ``rounded`` keeps large int8 layers int8, their inputs rounded over the range of the batch as eager rounds them; ``packed``
+    looks large packed tables up before, by FBGEMM, where they stay packed. Without them the graph is whole, and in fp32.
 
     Raises:
         DeviceError: a package is missing, the module cannot be exported, or outputs differ from eager.
@@ -225,11 +233,44 @@ def export(module: nn.Module, probe: Batch, inputs: Sequence[str] = (), *, round
     names, ordinary = reads(module, probe, inputs), plain(module)
     given = {n: (n,) for n in names} if inputs else grouped(probe, names)
     with _failing("onnxruntime"):
-        graph = _graph(Columns(_fused(_whole(module) if rounded else ordinary), given, inputs), probe, given)
-        exported = Exported(graph, given)
+        exported = _apart(module, probe, inputs) if packed else None
+        if exported is None:
+            whole = _whole(module) if rounded else ordinary
+            exported = Exported(_graph(Columns(_fused(whole), given, inputs), probe, given), given)
         _check("onnxruntime", exported.scorer(1), module if rounded else ordinary, probe, inputs, rounded=rounded)
     _same_model("onnxruntime", module, ordinary, probe, inputs)
     return exported
+
+
+def _apart(module: nn.Module, probe: Batch, inputs: Sequence[str]) -> Exported | None:
+    """The graph behind large packed tables; None where there are none, or the model cannot be taken apart."""
+    try:
+        parts = lookups(module, probe, inputs)
+    except ConfigError:
+        return None
+    if parts is None:
+        return None
+    before, rest, names = parts
+    rows = {n: t if len(t) > 1 else t.expand(2, *t.shape[1:]) for n, t in probe.items()}
+    with torch.no_grad():
+        found = {f"found_{at}": t for at, t in enumerate(before(rows))}
+    given = {n: before.named[n] for n in names}
+    tensors = {n: beside(rows, columns) for n, columns in given.items()} | found
+    graph = _graph(_whole(_Positional(rest)), tensors, {n: (n,) for n in tensors})
+    return Exported(graph, given, before)
+
+
+class _Positional(nn.Module):
+    """A graph behind a forward of any number of tensors, as all that is exported here has."""
+
+    def __init__(self, graph: nn.Module) -> None:
+        super().__init__()
+        self.inner = graph
+
+    def forward(self, *tensors: Tensor) -> Tensor:
+        """The graph's output."""
+        output: Tensor = self.inner(*tensors)
+        return output
 
 
 def _multiplied(module: nn.Module) -> bool:

@@ -117,7 +117,7 @@ class Shared(nn.Module):
         """What a request computes once, from its user columns."""
         if self.user is None:
             return ()
-        made: tuple[Tensor, ...] = self.user.graph(*(_row(batch, names) for names in self.user.given))
+        made: tuple[Tensor, ...] = self.user.graph.forward(*(_row(batch, names) for names in self.user.given))
         return made
 
     def forward(self, batch: Batch) -> Tensor:
@@ -129,7 +129,7 @@ class Shared(nn.Module):
         made = []
         for at in range(0, rows or 1, self.block):
             cut = slice(at, at + self.block) if rows > self.block else slice(None)
-            found = [] if self.item is None else self.item.graph(*(t[cut] for t in items))
+            found = [] if self.item is None else self.item.graph.forward(*(t[cut] for t in items))
             made.append(self._rest([t[cut] for t in columns], found, once))
         return made[0] if len(made) == 1 else torch.cat(made)
 
@@ -155,7 +155,7 @@ class Shared(nn.Module):
     def _rest(self, columns: Sequence[Tensor], items: Sequence[Tensor], once: Sequence[Tensor]) -> Tensor:
         assert self.each is not None
         given = {"user": once, "item": items}
-        output: Tensor = self.each.graph(*columns, *(given[kind][at] for kind, at in self.order))
+        output: Tensor = self.each.graph.forward(*columns, *(given[kind][at] for kind, at in self.order))
         return output
 
 

@@ -31,7 +31,7 @@ from torch import Tensor, nn
 
 from pennyweight.accelerate.compile import Maker, Scorer, eager, make
 from pennyweight.accelerate.factor import Shared, factor, repeated
-from pennyweight.core import hardware
+from pennyweight.core import hardware, memory
 from pennyweight.core.config import decode
 from pennyweight.core.errors import ConfigError, DeviceError
 from pennyweight.data.schema import Column
@@ -68,6 +68,8 @@ class Runner:
         fallback: bool = False,
         maker: Maker = make,
     ) -> None:
+        self._memory = contextlib.ExitStack()
+        self._memory.enter_context(memory.kept())  # or each large batch is faulted in anew, page by page
         self.note = ""
         """Why eager runs instead of the engine that was asked for; empty when all is well."""
         self.runtime = self._trusted(bundle.runtime)
@@ -153,6 +155,7 @@ class Runner:
         """Let go of the weights, the mapped tables and the engine's threads now; it cannot score after that."""
         self.module, self.shared, self._kept, self._unshared = nn.Identity(), None, None, True
         self._scorers = dict.fromkeys(self._scorers or [(self.runtime.engine, self.runtime.threads)], _closed)
+        self._memory.close()
 
     def __enter__(self) -> Runner:
         return self

@@ -419,7 +419,8 @@ def tune_sizes(
         settings["cuts"] = wanted
     last = best[sizes[-1]]
     smaller = tuple(Bucket(n, b.engine, b.threads, b.batch) for n, b in list(best.items())[:-1])
-    return SetRuntime(last.engine, last.threads, last.batch, shared, smaller, hardware.fingerprint()), traces
+    machine = hardware.fingerprint()
+    return SetRuntime(last.engine, last.threads, last.batch, shared=shared, buckets=smaller, machine=machine), traces
 
 
 def _of_size(rows: Batch, count: int, size: int, at: int) -> dict[str, torch.Tensor]:
