@@ -197,3 +197,47 @@ def test_codes_of_four_bits_are_smaller_than_rows_with_a_scale(
     torch.testing.assert_close(scores(back, env), scores(shared, env), atol=1e-6, rtol=1e-5)
     smaller = QuantizeTables("int8", only=("item",)).apply(shared, env)
     assert torch.equal(smaller.model.state["item.codes"], shared.model.state["item.codes"])
+
+
+def test_code_tables_share_as_a_data_type_does(given: Bundle, env: Env, tmp_path: Path) -> None:
+    """After training, like ``QuantizeTables``, and with the codes that ``ShareRows`` finds."""
+    coded = plan(CodeTables(bits=4, only=("item",)), Distill(epochs=1)).apply(given, env)
+    assert [s["transform"] for s in coded.plan] == ["distill", "code-tables"]
+    layer = coded.model.spec.layers["item"]
+    assert layer == Table(900, 16, "codebook", "fp16", 16, 16, padding=0)
+    assert layer.bytes() == 900 * 8 + 16 * 16 * 2 == sum(coded.model.state[f"item.{n}"].nbytes for n in ("codes", "packed"))
+    back = load(save(coded, tmp_path / "b"))
+    torch.testing.assert_close(scores(back, env), scores(coded, env), atol=1e-6, rtol=1e-5)
+    shared = ShareRows(parts=8, codes=16, only=("item",)).apply(given, env)
+    wide = CodeTables(bits=4, width=2, only=("item",)).apply(given, env)
+    assert torch.equal(wide.model.state["item.codes"], shared.model.state["item.codes"])
+
+
+def test_code_tables_weigh_rows_by_their_lookups_or_evenly(given: Bundle, env: Env) -> None:
+    before = rows_of(given.model.build(env.allow).item)
+    counts = lookups(given.model, env, ["item"])["item"]
+    lost = []
+    for weigh in ("lookups", "evenly"):
+        coded = CodeTables(bits=2, width=2, weigh=weigh, only=("item",)).apply(given, env)  # type: ignore[arg-type]
+        far = (rows_of(coded.model.build(env.allow).item) - before).square().sum(1)
+        lost.append((float((far * counts).sum()), float(far.sum())))
+    assert lost[0][0] < lost[1][0] and lost[0][1] > lost[1][1]
+
+
+@pytest.mark.parametrize("sketched", [CodeTables(bits=2), CodeTables(bits=8, width=4, data_type="int8"), ShareRows(2, 16)])
+def test_a_sketch_has_the_same_bytes(sketched: CodeTables | ShareRows, given: Bundle, env: Env) -> None:
+    made, quick = sketched.apply(given, env).model, sketched.sketch().apply(given, env).model
+    assert made.spec == quick.spec and made.bytes == quick.bytes
+
+
+def test_code_tables_leave_what_is_coded_or_small(given: Bundle, env: Env) -> None:
+    coded = CodeTables(bits=4).apply(given, env)
+    assert set(coded.model.spec.layers) == {"user", "item", "tags", "bias"}
+    with pytest.raises(
+        PlanError, match=r"no full fp32 table would get smaller by 4-bit codes of 1; tables: user \(codebook fp16"
+    ):
+        CodeTables(bits=4).apply(coded, env)
+    with pytest.raises(PlanError, match=r"by 8-bit codes of 2; tables: tags \(full fp32, 40 x 8\)"):
+        CodeTables(bits=8, width=2, only=("tags",)).apply(given, env)
+    with pytest.raises(ConfigError, match="bits = 3"):
+        CodeTables(bits=3)  # type: ignore[arg-type]
