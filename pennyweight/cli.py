@@ -17,7 +17,7 @@ from pennyweight import __version__
 from pennyweight.core import budget as budgets
 from pennyweight.core import hardware
 from pennyweight.core.config import decode, loads
-from pennyweight.core.errors import ConfigError, DataError, DeviceError, PennyweightError
+from pennyweight.core.errors import ConfigError, DataError, DeviceError, PennyweightError, PlanError
 from pennyweight.data.dataset import How
 from pennyweight.progress import watching
 
@@ -330,6 +330,83 @@ def report(
 
 
 @app.command()
+def tune(
+    bundle: Annotated[Path, typer.Argument(help="A bundle folder; its runtime is written anew.")],
+    out: Annotated[Path | None, typer.Option("--out", help="Write the tuned bundle here instead.")] = None,
+    candidates: Annotated[int, typer.Option(help="Items in a request.")] = 500,
+    seconds: Annotated[float, typer.Option(help="Seconds to tune engines for, and again for the index.")] = 60.0,
+    bf16: Annotated[
+        bool, typer.Option("--bf16", help="Try bf16 too, where logits hardly move; prove the result again.")
+    ] = False,
+    drop: Annotated[float, typer.Option(help="Recall that an approximate index may lose.")] = 0.01,
+    again: Annotated[bool, typer.Option("--again", help="Measure even where this machine remembers the answer.")] = False,
+    seed: Seed = 0,
+    allow: Allow = [],  # noqa: B006
+) -> None:
+    """Find the fastest engine, threads, cut and index for a bundle on this machine, and write them into it."""
+    from pennyweight.accelerate import tune as tuner
+    from pennyweight.data.requests import Trace
+    from pennyweight.model.bundle import load, save
+    from pennyweight.model.transform import Env
+
+    given = load(bundle)
+    catalog = given.catalog
+    if catalog is None or catalog.items is None:
+        raise DataError(f"{bundle} has no catalogue of items to make requests of; tune a recommender's bundle")
+    requests = Trace.sample(catalog, 64, candidates, seed).batches(catalog)
+    precisions: Any = ("fp32", "bf16") if bf16 else ("fp32",)
+    memory = None if again else tuner.folder()
+    made = tuner.fastest(given, requests, seconds=seconds, precisions=precisions, allow=tuple(allow), memory=memory)
+    if made.trace:
+        shown = Table("engine", "threads", "cut", "precision", "p50 ms", "", title=f"{len(made.trace)} of {made.points} points")
+        for t in made.trace:
+            r, ms = t.runtime, f"{t.latency.p50_ms:.3f}" if t.latency else "-"
+            shown.add_row(r.engine, str(r.threads), str(r.batch or "none"), r.precision, ms, t.note)
+        out_console.print(shown)
+    if made.note:
+        err_console.print(made.note, markup=False, highlight=False, soft_wrap=True)
+    steps = [made.chosen, *_index(given, requests, drop, seconds, seed, tuple(allow))]
+    tuned = given
+    for step in steps:
+        try:
+            tuned = step.apply(tuned, Env())
+        except PlanError:  # it runs so already
+            continue
+        out_console.print(step.describe(), markup=False, highlight=False)
+    if tuned is given:
+        out_console.print("the bundle runs so already")
+    if tuned is not given or out is not None:
+        out_console.print(f"wrote {save(tuned, out or bundle)}", highlight=False, markup=False)
+
+
+def _index(given: Any, requests: list[Any], drop: float, seconds: float, seed: int, allow: tuple[str, ...]) -> list[Any]:
+    """The index that pays for this catalogue; nothing for a model without vectors, or a small catalogue."""
+    import numpy as np
+
+    from pennyweight.accelerate import index
+    from pennyweight.accelerate.runner import Runner
+
+    ids = given.catalog.item_ids
+    if len(ids) < index.PAYS:
+        return []
+    with Runner(given.replace(runtime=type(given.runtime)()), allow) as runner:
+        if not hasattr(runner.module, "item_vectors"):
+            return []
+        chunks = np.array_split(ids, -(-len(ids) // index.SMALL))
+        vectors = np.concatenate([runner.item_vectors(given.catalog.item_batch(c)) for c in chunks])
+        users = np.concatenate([runner.user_vectors({n: t[:1] for n, t in r.items()}) for r in requests])
+    chosen, tried = index.choose(vectors, users, drop=drop, seconds=seconds, seed=seed)
+    shown = Table("index", "vectors", "lists", "recall", "ms a user", "bytes an item", "", title=f"{len(ids):,} items")
+    for t in tried:
+        lists = f"{t.index.probes} of {t.index.lists}" if t.index.lists else ""
+        shown.add_row(
+            t.index.kind, t.index.data_type, lists, f"{t.index.recall:.4f}", f"{t.ms:.3f}", f"{t.bytes_item:.0f}", t.note
+        )
+    out_console.print(shown)
+    return [chosen]
+
+
+@app.command()
 def export(
     bundle: Annotated[Path, typer.Argument(help="A bundle folder.")],
     to: Annotated[
@@ -387,6 +464,56 @@ def serve(
     status, body = asyncio.run(server.get(bundle, get, store=store, allow=tuple(allow)))
     typer.echo(body)
     raise typer.Exit(0 if status < 400 else 2)
+
+
+@app.command()
+def simulate(
+    bundle: Annotated[Path, typer.Argument(help="A bundle folder.")],
+    trace: Annotated[
+        str, typer.Option(help="poisson, gamma, bursts or diurnal; or a file that --keep wrote (Arrow, or .jsonl).")
+    ] = "poisson",
+    rate: Annotated[float, typer.Option(help="Requests a second of a trace that is drawn.")] = 100.0,
+    seconds: Annotated[float, typer.Option(help="Length of a trace that is drawn.")] = 20.0,
+    items: Annotated[int, typer.Option(help="Items a request has on average; they vary as recommenders' do.")] = 144,
+    pulse: Annotated[float, typer.Option(help="Factor on the rate for 5 seconds in the middle.")] = 1.0,
+    workers: Annotated[int, typer.Option(help="The largest number of workers tried.", min=1, max=256)] = 8,
+    p99: Annotated[float, typer.Option(help="Milliseconds wanted; the policy's deadline by default.")] = 0.0,
+    on_time: Annotated[float, typer.Option(help="Share of requests to be answered in time.", min=0, max=1)] = 0.99,
+    keep: Annotated[Path | None, typer.Option(help="Write the trace here, to be replayed elsewhere.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Write the answer as a page here.")] = None,
+    seed: Seed = 0,
+    allow: Allow = [],  # noqa: B006
+) -> None:
+    """How many workers a load needs: a trace replayed through the scheduler on modelled workers."""
+    from pennyweight.accelerate.profile import profiled
+    from pennyweight.core.config import write
+    from pennyweight.core.measure import LOUD, Foreign
+    from pennyweight.data.requests import KINDS, Arrivals, Load
+    from pennyweight.report import serving
+    from pennyweight.schedule.simulate import Fleet, enough, sweep
+
+    drawn = {"kind": trace, "rate": rate, "seconds": seconds, "items": items, "pulse": pulse, "seed": seed}
+    arrivals = decode(Load, drawn, "simulate").draw() if trace in KINDS else Arrivals.load_from(trace)
+    with Foreign() as others:
+        policy = profiled(bundle, int(arrivals.items.max()), seed, tuple(allow))
+    if others.share > LOUD:
+        err_console.print(
+            f"others used {others.share:.0%} of the processor while the bundle was timed: take this again in quiet"
+        )
+    device = next(iter(policy.variants[0].costs))
+    wanted = p99 or policy.deadline_ms
+    points = sweep(policy, arrivals, range(1, workers + 1), Fleet(device=device), seed=seed)
+    found = enough(points, wanted, on_time)
+    shown = Table(*serving.heads(points))
+    for point in points:
+        shown.add_row(*serving.cells(point), style="bold" if point is found else "")
+    out_console.print(arrivals.describe(), highlight=False)
+    out_console.print(shown)
+    out_console.print(serving.answer(points, found, wanted, on_time), highlight=False)
+    if keep is not None:
+        arrivals.save(keep)
+    if out is not None:
+        write(out, serving.page(points, found, wanted, on_time, arrivals.describe()))
 
 
 @app.command()

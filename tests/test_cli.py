@@ -71,6 +71,19 @@ def test_a_csv_is_trained_optimized_and_inspected(tmp_path: Path) -> None:
     assert "int8" in told.stdout or "int4" in told.stdout
 
 
+def test_a_bundle_is_tuned_and_the_answer_remembered(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PENNYWEIGHT_CACHE", str(tmp_path / "cache"))
+    short = ("--seconds", "1", "--candidates", "50", "--out", str(tmp_path / "tuned"))
+    done = run("tune", str(folder / "bundle"), *short)
+    assert done.returncode == 0, done.stderr
+    told = " ".join(done.stdout.split())
+    assert "points" in told and "chosen" in told and "not tried" in told and "run with" in told
+    tuned = load(tmp_path / "tuned")
+    assert tuned.runtime.machine and tuned.plan[-1]["transform"] == "run"
+    assert "remembered from" in run("tune", str(folder / "bundle"), *short).stderr
+    assert run("tune", str(tmp_path / "nothing")).returncode == 2
+
+
 def test_a_run_is_compressed_with_every_step_and_layer_in_a_table(folder: Path, tmp_path: Path) -> None:
     shutil.copytree(folder, tmp_path / "run")
     least = ("--max-bytes", "11kB", "--auc-drop", ".05", "--tries", "0", "--seconds", "30", "--skip", "mlp")

@@ -25,7 +25,7 @@ TRANSFORMS = (
     "train-rounded"
 )
 LAYERS = "bands clustered conv dense hashed hot-rows identity low-rank narrow norm quotient residual robe table tensor-train"
-COMMANDS = "apply bench compress demo doctor export inspect optimize report serve train"
+COMMANDS = "apply bench compress demo doctor export inspect optimize report serve simulate train tune"
 
 
 def registered(base: type) -> str:
