@@ -221,6 +221,8 @@ def test_the_summary_is_json_with_what_scripts_ask(proven: Result, undecided: Re
     assert found["plan"] == proven.chosen.plan.describe() and found["seconds"] > 0 and found["control"]["auc"] > 0.5
     assert [t["plan"] for t in found["trials"]] == [t.plan.describe() for t in proven.trials]
     assert [(e["run"], e["loss"], e["metric"]) for e in found["epochs"]] == [(e.run, e.loss, e.metric) for e in proven.epochs]
+    assert sum(p["bytes"] for p in found["parts"]["after"]) < sum(p["bytes"] for p in found["parts"]["before"]) / 2
+    assert found["left_alone"] == []
     failed = json.loads(dumps(summary(undecided)))
     assert failed["chosen"] is None and failed["proven"] is False and failed["nearest"]["bytes"] > 0
     assert (failed["rows_needed"], failed["drop_upper_95"]) == (40_301, 0.0050001)
