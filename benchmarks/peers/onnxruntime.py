@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
+import numpy as np
 import onnx
 import onnxruntime
 from onnxruntime.quantization import QuantType, quantize_dynamic
@@ -17,7 +20,12 @@ def scorer(job: Job, note: str = "") -> Made:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 1
     session = onnxruntime.InferenceSession(str(job.out / "model.onnx"), options, providers=["CPUExecutionProvider"])
-    return Made(("model.onnx",), lambda batch: session.run(None, dict(batch))[0], note)
+    whole = {i.name: np.int64 for i in session.get_inputs() if i.type == "tensor(int64)"}
+
+    def score(batch: Mapping[str, np.ndarray]) -> np.ndarray:
+        return np.asarray(session.run(None, {n: v.astype(whole.get(n, v.dtype)) for n, v in batch.items()})[0])
+
+    return Made(("model.onnx",), score, note)
 
 
 def fp32(job: Job) -> Made:

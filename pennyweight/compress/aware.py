@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from pennyweight.compress.distill import Distill
 from pennyweight.compress.rewrite import Change, finite, rewrite, targets
-from pennyweight.compress.share import coded, lookups, quantize
+from pennyweight.compress.share import coded, lookups, means, points_of, quantize
 from pennyweight.core.config import named
 from pennyweight.core.errors import ConfigError, PlanError
 from pennyweight.model.bundle import Bundle
@@ -58,6 +58,9 @@ class TrainRounded(Transform):
     """Codes a row; 0 does not share."""
     codes: int = 256
     """Centres a part, at most 256."""
+    books: Literal["learned", "means"] = "learned"
+    """Whether codebooks learn by gradient, or are the means of the rows that have their code, found anew as rows move: then a
+    recipe that decays tables decays rows and codebooks alike."""
     training: Distill = TRAINING
     """How it is trained."""
     only: tuple[str, ...] = ()
@@ -103,7 +106,7 @@ class TrainRounded(Transform):
         for path, to in new.items():
             table = module.get_submodule(path)
             rows = finite(path, rows_of(table), to.data_type)
-            grids[path] = Codes(to, rows, counts[path], env.seed) if self.parts else Levels(to)
+            grids[path] = Codes(to, rows, counts[path], env.seed, self.books) if self.parts else Levels(to)
             table.add_module("grid", grids[path])
             table.register_forward_hook(grids[path].hook, with_kwargs=True)
         return grids
@@ -174,17 +177,29 @@ class Levels(Grid):
 
 
 class Codes(Grid):
-    """Shared codes: between two searches a row keeps its codes, while the codebooks learn."""
+    """Shared codes: between two searches a row keeps its codes, while the codebooks learn or stay."""
 
-    def __init__(self, to: Table, weight: Tensor, counts: Tensor, seed: int) -> None:
+    def __init__(self, to: Table, weight: Tensor, counts: Tensor, seed: int, books: str) -> None:
         super().__init__(to)
-        codes, books = quantize(weight, to, counts.sqrt() + 0.1, ITERATIONS, seed)
+        self.weights = counts.sqrt() + 0.1
+        if to.padding is not None:
+            self.weights[to.padding] = 0
+        codes, centres = quantize(weight, to, self.weights, ITERATIONS, seed)
         self.table = CodebookTable(to)
-        self.table.load_state_dict(to.encode_codebook(codes, books))
+        self.table.load_state_dict(to.encode_codebook(codes, centres))
+        self.learned = books == "learned"
+        self.table.codebooks.requires_grad_(self.learned)
 
     def refresh(self, weight: Tensor) -> None:
-        """The nearest code of each part of each row."""
-        self.table.codes.copy_(self.layer.pack_codes(coded(weight, self.layer, self.table.codebooks.detach())))
+        """The nearest code of each part of each row, and codebooks that do not learn as the means of these rows."""
+        centres = self.table.codebooks.detach()
+        codes = coded(weight, self.layer, centres)
+        if not self.learned:
+            centres = means(points_of(weight, self.layer), self.weights, codes.T.long(), centres)
+            if self.layer.padding is not None:
+                centres[:, 0] = 0
+            codes = coded(weight, self.layer, centres)
+        self.table.load_state_dict({"codes": self.layer.pack_codes(codes), "codebooks": centres})
 
     def rounded(self, rows: Tensor, ids: Tensor) -> Tensor:
         """Each part as its code's vector, which learns along with the row behind."""

@@ -212,7 +212,7 @@ def quantize(rows: Tensor, table: Table, weights: Tensor, iterations: int, seed:
     Where the table has a padding row, code 0 of every part is the zero vector and the padding row is made of it.
     """
     generator = torch.Generator().manual_seed(seed)
-    points = _points(rows, table)
+    points = points_of(rows, table)
     weights = weights.clone()
     if table.padding is not None:
         weights[table.padding] = 0
@@ -223,13 +223,13 @@ def quantize(rows: Tensor, table: Table, weights: Tensor, iterations: int, seed:
 
 def coded(rows: Tensor, table: Table, books: Tensor) -> Tensor:
     """The nearest code of each part, uint8 [rows, parts], for rows [rows, dim] and codebooks [parts, codes, width]."""
-    codes = nearest(_points(rows, table), books).to(torch.uint8).T.contiguous()
+    codes = nearest(points_of(rows, table), books).to(torch.uint8).T.contiguous()
     if table.padding is not None:
         codes[table.padding] = 0
     return codes
 
 
-def _points(rows: Tensor, table: Table) -> Tensor:
+def points_of(rows: Tensor, table: Table) -> Tensor:
     """The parts of rows [rows, dim], [parts, rows, width]."""
     padded = torch.nn.functional.pad(rows, (0, table.parts * table.width - table.dim))
     return padded.reshape(len(rows), table.parts, table.width).transpose(0, 1).contiguous()
@@ -256,21 +256,25 @@ def kmeans(points: Tensor, weights: Tensor, codes: int, iterations: int, generat
     Starts with k-means++ (Arthur & Vassilvitskii 2007); with ``zero`` the first centre is held at zero.
     """
     centres = _spread(points, weights, codes, generator, zero)
-    parts, n, width = points.shape
-    mass, offset = weights.expand(parts, n), torch.arange(parts).unsqueeze(1) * codes
     before = None
     for _ in range(iterations):
         belongs = nearest(points, centres)
         if before is not None and torch.equal(belongs, before):
             break
-        before, where = belongs, (belongs + offset).flatten()
-        sums = torch.zeros(parts * codes, width).index_add_(0, where, (points * mass.unsqueeze(2)).flatten(0, 1))
-        total = torch.zeros(parts * codes).index_add_(0, where, mass.flatten()).unsqueeze(1)
-        moved = torch.where(total > 0, sums / total.clamp(min=1e-12), centres.flatten(0, 1))
-        centres = moved.reshape(parts, codes, width)
+        before, centres = belongs, means(points, weights, belongs, centres)
         if zero:
             centres[:, 0] = 0
     return centres
+
+
+def means(points: Tensor, weights: Tensor, belongs: Tensor, centres: Tensor) -> Tensor:
+    """Centres [parts, codes, width] moved to the weighted means of the points that belong to them [parts, n]."""
+    parts, codes, width = centres.shape
+    mass = weights.expand(parts, points.shape[1])
+    where = (belongs + torch.arange(parts).unsqueeze(1) * codes).flatten()
+    sums = torch.zeros(parts * codes, width).index_add_(0, where, (points * mass.unsqueeze(2)).flatten(0, 1))
+    total = torch.zeros(parts * codes).index_add_(0, where, mass.flatten()).unsqueeze(1)
+    return torch.where(total > 0, sums / total.clamp(min=1e-12), centres.flatten(0, 1)).reshape(parts, codes, width)
 
 
 def nearest(points: Tensor, centres: Tensor) -> Tensor:
