@@ -33,7 +33,7 @@ import safetensors.torch
 import torch
 
 import pennyweight
-from benchmarks import harness, rankings
+from benchmarks import harness, rankings, tail
 from benchmarks.harness import Options, Row
 from benchmarks.judged import Bars, Found, Setting, kept, listed, rows_of, size, trained
 from pennyweight.compress.distill import Distill
@@ -532,7 +532,7 @@ def measures(setting: Callable[[Options], Setting]) -> Mapping[str, harness.Meas
         for label, peer in PEERS.items():
             put(f"free/{name}/{label}", peers, name, peer)
         put(f"standard/{name}/{RECOVERED}", recovered, name)
-    made |= rankings.measures()
+    made |= rankings.measures() | tail.measures()
     return {id: lambda o, of=of: of(setting(o)) for id, of in made.items()}  # type: ignore[misc]
 
 
