@@ -187,17 +187,17 @@ def movie_review(o: Options) -> list[Row]:
 def sms_spam(o: Options) -> list[Row]:
     """Text again, where the classes are uneven: one split."""
     id, parts = "text-cnn/sms-spam", loaders.sms_spam(o.data / "sms-spam", _folder() / "spam")
-    fold = _text(parts, 0, o, "bytes <= 280kB, accuracy drop <= 0.01")  # a tenth of fewer words
+    fold = _text(parts, 0, o)
     base = fold.accuracy
     return [Row(id, "baseline", base, base, base, note="test accuracy"), *pooled(id, [fold], Bars(10, 2, 0.01))]
 
 
-def _text(parts: Split, seed: int, o: Options, budget: str = text.BUDGET) -> Fold:
+def _text(parts: Split, seed: int, o: Options) -> Fold:
     net, fit = text.trained(parts, seed)
     length = parts.train.schema["text"].length
     given = graph.of(net, (torch.zeros(2, length, dtype=torch.int64),), ("text",))
-    settings = {"seconds": 120, "epochs": 6, "tries": 2, "teachers": 0}
-    return one(net, given, parts, budget, text.RECIPE, fit, ROWS, settings, o)
+    settings = {"seconds": 150, "epochs": 6, "tries": 2, "teachers": 0}
+    return one(net, given, parts, text.BUDGET, text.RECIPE, fit, ROWS, settings, o)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -223,18 +223,27 @@ def one(
     settings: dict[str, Any],
     o: Options,
 ) -> Fold:
-    """One fold's optimization; what its own thousand rows cannot prove, all folds' together may, so the safest goes to that."""
+    """One fold's optimization; what its own thousand rows cannot prove, all folds' together may, so the safest goes to that.
+
+    The given model is timed with one thread and with the default, and the faster counts. Where nothing kept the budget it
+    stays as it is.
+    """
     if o.quick:
         settings = {"seconds": 20, "epochs": 1, "tries": 1, "teachers": 0, "force": True}
     settings = {**settings, "recipe": recipe, "trained": fit, "rows": rows}
-    outcome = pennyweight.optimize(model, parts, QUICK if o.quick else budget, **settings)  # type: ignore[operator]
-    best = outcome.bundle if outcome.result.chosen else outcome.safest
     before_ = pennyweight.Bundle(given, catalog=parts.train.catalog)
-    before, after = race([before_, best], Bench.of(parts.test, rows))
+    try:
+        outcome = pennyweight.optimize(model, parts, QUICK if o.quick else budget, **settings)  # type: ignore[operator]
+        best = outcome.bundle if outcome.result.chosen else outcome.safest
+    except Infeasible:
+        best = before_
+    alone = before_.replace(runtime=dataclasses.replace(before_.runtime, threads=1))
+    *given_, after = race([before_, alone, best], Bench.of(parts.test, rows))
     labels = parts.test.column("label").astype(np.float64)
     right = tuple(_right(run(b, parts.test), labels) for b in (before_, best))
     plan = " + ".join(str(step["transform"]) for step in best.plan) or "as given"
-    return Fold(float(right[0].mean()), before.bytes / after.bytes, before.p50_ms / after.p50_ms, plan, (right[0], right[1]))
+    faster = min(c.p50_ms for c in given_) / after.p50_ms
+    return Fold(float(right[0].mean()), before_.bytes / after.bytes, faster, plan, (right[0], right[1]))
 
 
 def _right(scores: Any, labels: Any) -> Any:
@@ -262,7 +271,7 @@ def pooled(id: str, folds: Sequence[Fold], bars: Bars) -> list[Row]:
             min(faster),
             max(faster),
             bar=bars.faster,
-            note=f"p50 of {bars.rows:,} rows, in turns",
+            note=f"p50 of {bars.rows:,} rows, in turns, the given model at its faster number of threads",
         ),
         Row(id, "drop_upper_95", bound, joined.drop_low_95, bound, bar=bars.margin, at_most=True, note=told),
     ]

@@ -172,7 +172,7 @@ class PackedConv(PackedRows):
         (weight, packed), x = self.ready(), input.float()
         if not self._worth(x):
             return self._floats(x, weight)
-        low, high = (float(v) for v in torch.aminmax(x))
+        low, high = (float(v) for v in torch.aminmax(laid(x)))
         if not math.isfinite(high - low):
             return self._floats(x, weight)
         levels, scale, zero = rounded(x, low, high)
@@ -218,6 +218,11 @@ def operators() -> bool:
     """Whether this PyTorch convolves in int8 on this CPU."""
     there = all(hasattr(torch.ops.onednn, name) for name in ("qconv_prepack", "qconv_pointwise"))
     return there and torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+
+
+def laid(x: Tensor) -> Tensor:
+    """The same numbers in the order they lie in memory; of words turned to channels the range takes a third of the time."""
+    return x.permute(sorted(range(x.dim()), key=x.stride, reverse=True))
 
 
 def rounded(x: Tensor, low: float, high: float) -> tuple[Tensor, float, int]:

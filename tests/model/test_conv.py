@@ -151,6 +151,15 @@ def test_channels_last_gives_the_same_numbers(shape: str) -> None:
         assert got.is_contiguous(memory_format=torch.channels_last)
 
 
+@pytest.mark.parametrize("shape", ["image", "words"])
+def test_how_the_input_lies_in_memory_changes_nothing(shape: str) -> None:
+    _, module = made("int8", shape)
+    x = rows(shape)
+    turned = x.transpose(1, -1).contiguous().transpose(1, -1)
+    assert turned.stride() != x.stride() and conv.laid(turned).is_contiguous()
+    assert torch.equal(module(turned), module(x))
+
+
 @pytest.mark.parametrize("wrong", [float("nan"), float("inf")])
 def test_what_is_not_finite_stays_so(wrong: float) -> None:
     _, module = made("int8", "image")
