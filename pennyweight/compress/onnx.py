@@ -29,7 +29,7 @@ from typing import Any, ClassVar, Literal, cast
 import numpy as np
 import torch
 
-from pennyweight.compress.rewrite import chosen, finite
+from pennyweight.compress.rewrite import chosen, finite, which
 from pennyweight.core.config import named
 from pennyweight.core.errors import ConfigError, PlanError
 from pennyweight.data.dataset import Dataset
@@ -101,9 +101,8 @@ class QuantizeOnnx(Transform):
 
     def describe(self) -> str:
         """What it does."""
-        which = f" ({', '.join(self.only)})" if self.only else ""
         how = {"int8-static": "int8, activations in calibrated ranges", "int4": f"int4 in blocks of {self.block}"}
-        return f"weights of the ONNX graph{which} stored as {how.get(self.data_type, self.data_type)}"
+        return f"weights of the ONNX graph{which(self.only)} stored as {how.get(self.data_type, self.data_type)}"
 
     def _quantized(self, proto: Any, feeds: Sequence[Feed]) -> Any:
         """The graph with the chosen nodes quantized."""

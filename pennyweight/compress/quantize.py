@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from pennyweight.compress.couple import strided
 from pennyweight.compress.feedback import MOST, WIDE, Moments, fed
 from pennyweight.compress.observe import batches, calibration, observe
-from pennyweight.compress.rewrite import Change, finite, rewrite, targets
+from pennyweight.compress.rewrite import Change, finite, rewrite, targets, which
 from pennyweight.core.config import named
 from pennyweight.core.errors import ConfigError, PlanError
 from pennyweight.data.dataset import Dataset
@@ -63,8 +63,7 @@ class QuantizeTables(Transform):
 
     def describe(self) -> str:
         """What it does."""
-        which = f" ({', '.join(self.only)})" if self.only else ""
-        return f"embedding tables{which} stored as {self.data_type}"
+        return f"embedding tables{which(self.only)} stored as {self.data_type}"
 
     def _smallest(self, table: Table) -> Table | None:
         """The smaller of the data type asked for and fp16, if that is smaller than the table is."""
@@ -117,7 +116,7 @@ class QuantizeDense(Transform):
     def describe(self) -> str:
         """What it does."""
         how = ", with error feedback" if self.feedback else ""
-        return f"dense layers and convolutions stored as {self.data_type}{how}"
+        return f"dense layers and convolutions{which(self.only)} stored as {self.data_type}{how}"
 
 
 def multiplied(module: nn.Module) -> Dense | Conv | None:

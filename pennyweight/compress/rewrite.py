@@ -21,6 +21,8 @@ from pennyweight.model.dense import Dense, Norm
 from pennyweight.model.spec import Layer, Model, leaves
 from pennyweight.model.tables import Table
 
+FEW = 3
+"""Layers that are named in a sentence."""
 L = TypeVar("L", bound=Layer)
 Change = tuple[Layer, Mapping[str, Tensor]]
 """What a layer becomes, and its tensors by their names inside the layer."""
@@ -82,6 +84,12 @@ def _known(module: nn.Module) -> bool:
 def chosen(path: str, only: Sequence[str], skip: Sequence[str]) -> bool:
     """Whether a path is among ``only`` (or that is empty) and not among ``skip``; both hold patterns such as ``*.tables.*``."""
     return (not only or any(fnmatch.fnmatchcase(path, p) for p in only)) and not any(fnmatch.fnmatchcase(path, p) for p in skip)
+
+
+def which(only: Sequence[str]) -> str:
+    """The layers a transform is for, behind their kind in a sentence: nothing for all, and no more names than a line takes."""
+    few = ", ".join(only[:FEW]) + (f" and {len(only) - FEW} more" if len(only) > FEW else "")
+    return f" ({few})" if only else ""
 
 
 def rewrite(model: Model, changes: Mapping[str, Change]) -> Model:

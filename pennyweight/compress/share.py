@@ -21,7 +21,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from pennyweight.compress.rewrite import finite, rewrite, targets
+from pennyweight.compress.rewrite import finite, rewrite, targets, which
 from pennyweight.core.config import named
 from pennyweight.core.errors import ConfigError, PlanError
 from pennyweight.data.dataset import Dataset
@@ -147,9 +147,8 @@ class CodeTables(Transform):
 
     def describe(self) -> str:
         """What it does."""
-        which = f" ({', '.join(self.only)})" if self.only else ""
         numbers = "number" if self.width == 1 else f"{self.width} numbers"
-        return f"embedding tables{which} stored as a {self.bits}-bit code for each {numbers}"
+        return f"embedding tables{which(self.only)} stored as a {self.bits}-bit code for each {numbers}"
 
     def _coded(self, table: Table) -> Table | None:
         if table.layout != "full" or table.data_type != "fp32" or table.rows < 2 ** (self.bits + 1):

@@ -161,3 +161,10 @@ def test_layers_of_an_unknown_kind_are_named_with_their_bytes(given: Bundle, env
     module.register_buffer("prior", torch.zeros(3))
     assert untouched(module)[1:] == [Untouched("", "Shop", 12)]
     assert untouched(QuantizeDense().apply(QuantizeTables().apply(given, env), env).model.build(env.allow))[0].path == "mix"
+
+
+def test_a_sentence_names_no_more_layers_than_a_line_takes() -> None:
+    assert QuantizeDense("int4").describe() == "dense layers and convolutions stored as int4"
+    assert QuantizeDense("int4", only=("a", "b")).describe() == "dense layers and convolutions (a, b) stored as int4"
+    many = tuple(f"t.{n}" for n in range(26))
+    assert QuantizeTables("int8", only=many).describe() == "embedding tables (t.0, t.1, t.2 and 23 more) stored as int8"
