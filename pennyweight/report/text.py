@@ -75,7 +75,7 @@ def tried(result: Result) -> Table:
     shown = Table(title=f"every step tried ({metric_of(result)} on the validation rows)", title_justify="left")
     for name in ("#", "bytes", "smaller", "drop", "at most", "s"):
         shown.add_column(name, justify="right", no_wrap=True)
-    shown.add_column("plan, and what came of it", ratio=1)
+    shown.add_column("plan, and what came of it", ratio=1, overflow="fold")
     for row, trial in zip(view(result).tried, result.trials, strict=True):
         steps = " · ".join(map(step, trial.plan.transforms)) or "as given"
         what = Text(f"{steps}\n").append(row.fate, "bold" if row.kind == "chosen" else "dim")
