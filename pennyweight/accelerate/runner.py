@@ -29,6 +29,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
+from pennyweight.accelerate.cache import keep_hot
 from pennyweight.accelerate.compile import Maker, Scorer, eager, make
 from pennyweight.accelerate.factor import Shared, factor, repeated
 from pennyweight.core import hardware, memory
@@ -76,6 +77,8 @@ class Runner:
         self.home = _home(bundle.placement)
         """The device of the dense layers."""
         self.module = _placed(bundle.model, bundle.placement, self.home, allow)
+        self.hot = keep_hot(self.module, bundle.placement.tables, self.home, self.runtime.hot_bytes)
+        """Tables with a part of their rows near the compute, by path; ``cache.hit_rate`` says how often that was enough."""
         self._inputs = bundle.model.spec.inputs
         self._fallback, self._maker = fallback, maker
         self._scorers: dict[tuple[str, int], Scorer] = {}
@@ -291,7 +294,9 @@ def _ids_to(where: str) -> Callable[[nn.Module, tuple[object, ...]], tuple[objec
 
 
 def _mapped(tensor: Tensor) -> Tensor:
-    """The same values in memory mapped from a file without a name, which goes when the tensor does."""
+    """The same values in memory mapped from a file without a name, which goes when the tensor does; or as they are mapped."""
+    if getattr(tensor, "mapped", False):
+        return tensor
     with tempfile.NamedTemporaryFile(prefix="pennyweight-") as file:
         tensor.detach().cpu().contiguous().numpy().tofile(file)
         file.flush()

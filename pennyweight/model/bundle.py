@@ -26,6 +26,7 @@ from typing import Any, Literal
 
 import safetensors
 import safetensors.torch
+import torch
 from torch import Tensor
 
 from pennyweight.core.config import decode, encode
@@ -36,6 +37,7 @@ from pennyweight.model import conv, dense, hashed, residual, tables  # noqa: F40
 from pennyweight.model.spec import Model, Spec
 
 FORMAT = 1
+WEIGHTS = "weights.safetensors"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,6 +101,8 @@ class Runtime:
     """Other settings for smaller batches, by rows ascending; a batch takes the first it fits in, else the fields above."""
     index: Index = Index()
     """How candidates are found."""
+    hot_bytes: int = 0
+    """Fast memory for the hot rows of tables that live on a slower level (``accelerate.cache``); 0 keeps none."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """What dense arithmetic is done in; bf16 by PyTorch's autocast, so only where PyTorch runs the model."""
     machine: str = ""
@@ -309,17 +313,20 @@ def swap(new: Path, target: Path) -> None:
         shutil.rmtree(aside, ignore_errors=True)
 
 
-def load(path: str | os.PathLike[str]) -> Bundle:
+def load(path: str | os.PathLike[str], *, mapped: bool = False) -> Bundle:
     """Read a bundle; its factory is checked when the module is built, not here.
+
+    With ``mapped`` the weights stay on disk and are mapped: what is used comes into memory, a model larger than it serves.
 
     Raises:
         BundleError: no bundle there, a file missing, truncated or changed, or written by another format.
     """
     root = Path(path)
     manifest = _manifest(root)
-    contents = {name: _checked(root, name, want) for name, want in manifest["files"].items()}
+    whole = {name: want for name, want in manifest["files"].items() if not (mapped and name == WEIGHTS)}
+    contents = {name: _checked(root, name, want) for name, want in whole.items()}
     try:
-        state = safetensors.torch.load(contents.pop("weights.safetensors"))
+        state = _mapped(root, manifest["files"][WEIGHTS]) if mapped else safetensors.torch.load(contents.pop(WEIGHTS))
     except (KeyError, safetensors.SafetensorError) as error:
         raise BundleError(f"{root}/weights.safetensors cannot be read: {error}") from error
     catalog = {name.removeprefix("catalog/"): data for name, data in contents.items() if name.startswith("catalog/")}
@@ -349,6 +356,37 @@ def _manifest(root: Path) -> dict[str, Any]:
     if manifest["format"] != FORMAT:
         raise BundleError(f"{root} has format {manifest['format']}; this version reads format {FORMAT}")
     return manifest
+
+
+def _mapped(root: Path, want: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The tensors of the weights file in memory mapped from it, the file checked a block at a time."""
+    file = root / WEIGHTS
+    try:
+        with open(file, "rb") as opened:
+            found = hashlib.file_digest(opened, "sha256").hexdigest()
+            size = opened.tell()
+            opened.seek(0)
+            start = 8 + int.from_bytes(opened.read(8), "little")
+            header = opened.read(start - 8) if found == want.get("sha256") else b""
+    except OSError as error:
+        raise BundleError(
+            f"{file} cannot be read: {error.strerror}; the bundle is incomplete, copy or save it again"
+        ) from error
+    if not header:
+        raise BundleError(f"{file} does not match its SHA-256: truncated, damaged or changed, copy it again")
+    every = torch.from_file(str(file), shared=False, size=size, dtype=torch.uint8)
+    told = {name: about for name, about in json.loads(header).items() if name != "__metadata__"}
+    return {name: _tensor(every[start:], about) for name, about in told.items()}
+
+
+def _tensor(data: Tensor, about: Mapping[str, Any]) -> Tensor:
+    (begin, end), kind = about["data_offsets"], safetensors.torch._getdtype(about["dtype"])
+    part = data[begin:end]
+    if part.storage_offset() % kind.itemsize or begin == end:  # no number may begin there, and a view of nothing has no type
+        return part.clone().view(kind).reshape(about["shape"])
+    tensor = part.view(kind).reshape(about["shape"])
+    tensor.mapped = True  # type: ignore[attr-defined]  # what is on disk already need not be put there
+    return tensor
 
 
 def _checked(root: Path, name: str, want: Mapping[str, Any]) -> bytes:
