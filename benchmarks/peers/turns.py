@@ -1,8 +1,8 @@
 """A peer that stays open and times batches when asked, in turn with others: ``python -m benchmarks.peers.turns PEER``.
 
 It reads a JSON object a line and answers with one. ``{"make": SETTING, "given": DIR, "out": DIR}`` opens a model, known by its
-``out``. ``{"time": OUT, "batch": FILE, "calls": N}`` calls it N times after one that is not counted: the seconds of each. Inputs
-are arrays that are ready. ``{"score": OUT, "batch": FILE, "to": FILE}`` writes what it answers, to be compared elsewhere.
+``out``. ``{"time": OUT, "batch": FILE, "calls": N}`` calls it N times after one that is not counted: the seconds of each.
+Inputs are arrays that are ready. ``{"score": OUT, "batch": FILE, "to": FILE}`` writes what it answers.
 """
 
 from __future__ import annotations

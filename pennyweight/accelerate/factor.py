@@ -140,7 +140,7 @@ class Shared(nn.Module):
         parts = []
         for a in range(0, max(1, len(at)), self.block):
             cut = at[a : a + self.block]
-            parts.append(self._rest([], [F.embedding(cut, kept) for kept in self.kept], once))
+            parts.append(self._rest([], [F.embedding(cut, t) if t.dim() == 2 else t.index_select(0, cut) for t in self.kept], once))
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def keep(self, batch: Batch, ids: Tensor, size: int) -> int:
@@ -560,6 +560,8 @@ class _Builder:
                 index: Any = slice(chosen[0], chosen[0] + len(chosen)) if near else chosen
                 cut = self.graphs[kind].call_function(operator.getitem, (part, (slice(None), index)))
                 parts[kind] = (cut, tuple(wanted.index(at[k]) for k in chosen))
+        if not parts:  # such as the numbers, where there are none
+            return None
         if isinstance(key[1], int):
             ((kind, (part, _)),) = parts.items()
             return _Value(kind, self.graphs[kind].call_function(operator.getitem, (part, (slice(None), 0))))
