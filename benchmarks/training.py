@@ -277,12 +277,12 @@ def tables(rows: int, bar: float, setting: Setting) -> list[Row]:
     id, quick = f"tables/{_short(rows)}", setting.options.quick
     fields, data = generated([rows // (500 if quick else 10)] * 10, 8_192 if quick else 409_600)
     task = _sparse(fields, quick)
-    systems = (OURS, *setting.peers)
+    systems = (OURS, HALVED, *setting.peers)
     with Race([(s, task) for s in systems], data, setting.venvs) as race:
         rounds = race.turns(1, 3) if quick else race.turns(ROUNDS)
         paces = {s.name: statistics.median(r[k] for r in rounds) for k, s in enumerate(systems)}
         notes = f"DeepFM, 10 fields x 16, 64-32, power law, Adagrad; {_paces(paces, race)}"
-        return _speedups(id, systems, rounds, _best(systems, rounds), race.versions, bar, (0,), notes)
+        return _speedups(id, systems, rounds, _best(systems, rounds), race.versions, bar, (0, 1), notes)
 
 
 def growth(rows: int, setting: Setting) -> list[Row]:

@@ -100,7 +100,13 @@ def train(
     hidden: Annotated[str, typer.Option(help="Widths of the hidden layers.")] = "400,400,400",
     dropout: Annotated[float, typer.Option(help="Dropout after each hidden layer.")] = 0.2,
     lr: Annotated[float, typer.Option(help="Learning rate (Adam).")] = 1e-3,
-    batch: Annotated[int, typer.Option(help="Rows a step.")] = 4096,
+    batch: Annotated[
+        str, typer.Option(help="Rows a step; `auto` tries sizes and threads, and takes the fastest that leaves memory free.")
+    ] = "4096",
+    tables: Annotated[
+        str, typer.Option(help="dense: all rows at each step; adagrad, lazy-adam or sgd: the batch's; auto: by their size.")
+    ] = "dense",
+    precision: Annotated[str, typer.Option(help="Of the dense layers' products while training: fp32 or bf16.")] = "fp32",
     epochs: Annotated[int, typer.Option(help="Epochs at most; training stops early.")] = 50,
     embedding_l2: Annotated[float, typer.Option(help="L2 on embedding tables.")] = 0.05,
     loss: Annotated[
@@ -123,7 +129,12 @@ def train(
 
     usual = job.USUAL.get(model, ("bce", "auc"))
     loss, metric = loss or usual[0], metric or usual[1]
-    settings = {"loss": loss, "lr": lr, "batch": batch, "epochs": epochs, "embedding_l2": embedding_l2, "metric": metric}
+    if batch != "auto" and not batch.isdecimal():
+        raise ConfigError(f"--batch is {batch!r}; give a number of rows, or auto")
+    settings = {
+        "loss": loss, "lr": lr, "batch": 4096 if batch == "auto" else int(batch), "epochs": epochs,
+        "embedding_l2": embedding_l2, "metric": metric, "tables": tables, "precision": precision,
+    }  # fmt: skip
     recipe = decode(Recipe, settings, "train")
     given = loads(dict, args, "--args") if ":" in model else _model_args(model, dim, hidden, dropout)
     fed = tuple(c for c in inputs.split(",") if c)
@@ -133,7 +144,7 @@ def train(
         how = decode(How, split or how, "--split")
         run = job.train(
             dataset, model, given, recipe, out, inputs=fed, split=how, fractions=fractions, seed=seed, describe=data,
-            allow=tuple(allow), watch=watch,
+            allow=tuple(allow), watch=watch, paced=batch == "auto",
         )  # fmt: skip
     best = max(e.metric for e in run.epochs) if run.epochs else float("nan")
     out_console.print(

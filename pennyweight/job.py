@@ -30,6 +30,7 @@ from pennyweight.data.events import EventLog
 from pennyweight.model import ranking, retrieval, sequential
 from pennyweight.model.bundle import Bundle, load, save
 from pennyweight.model.cascade import Cascade
+from pennyweight.model.pace import Pace, search
 from pennyweight.model.spec import Model, Spec, seeded, spec_of
 from pennyweight.model.train import EpochLog, Fit, Progress, Recipe, fit
 from pennyweight.model.transform import Env
@@ -86,8 +87,11 @@ def train(
     describe: str = "",
     allow: tuple[str, ...] = (),
     watch: Watch = lambda _: None,
+    paced: bool = False,
 ) -> Run:
     """Train a model and leave a run folder.
+
+    ``paced`` looks for the fastest batch size and number of threads first (``model/pace``), in place of the recipe's batch.
 
     ``name`` is one of ``MODELS``, or the import path ``package.module:factory`` of the user's own, which ``allow`` must hold;
     ``inputs`` are the columns its ``forward`` takes one by one.
@@ -100,10 +104,24 @@ def train(
         raise ConfigError(f"unknown model {name!r}; known: {', '.join(MODELS)}, or your own as package.module:factory")
     parts = data.split(split, fractions, seed)
     spec = Spec(name, args, {}, inputs) if ":" in name else spec_of(MODELS[name], columns=data.schema.columns, **args)
+    if paced:
+        recipe = _paced(spec, parts, recipe, seed, out, allow)
     model, fitted = trained(spec, parts, recipe, seed, out / "checkpoint", watch, allow)
     run = Run(name, split, fractions, recipe, seed, epochs("baseline", fitted), fitted.seconds, describe)
     keep(out, Bundle(model, catalog=parts.train.catalog), data, run)
     return run
+
+
+def _paced(spec: Spec, parts: Split, recipe: Recipe, seed: int, out: Path, allow: tuple[str, ...]) -> Recipe:
+    """The recipe with the fastest batch size, the process with as many threads; as found before for a training gone on with."""
+    file = out / "pace.json"
+    if file.exists() and (out / "checkpoint").exists():
+        found = loads(Pace, file.read_bytes(), str(file))
+    else:
+        found = search(seeded(spec, seed, allow), parts.train, recipe, inputs=spec.inputs)
+        write(file, dumps(found))
+    torch.set_num_threads(found.best.threads)
+    return dataclasses.replace(recipe, batch=found.best.batch)
 
 
 def trained(

@@ -4,9 +4,9 @@
     out/      logits.npy of the test rows, as of the best epoch on validation
 
 A line of JSON comes in, one goes out. ``{"do": "open", "given": DIR, "out": DIR}`` builds the model, ``{"do": "rest"}`` forgets
-it; ``{"do": "turn", "steps": 9}`` trains so many steps and answers rows a second; ``{"do": "fit"}`` trains from the start to its
-end. A peer runs its own model and its own training loop. It is handed ready batches, indexed out of tensors in memory, which
-is faster than the loaders of those that make a batch row by row.
+it; ``{"do": "turn", "steps": 9}`` trains so many steps and answers rows a second; ``{"do": "fit"}`` trains from start to end. A
+peer runs its own model and its own training loop. It is handed ready batches, indexed out of tensors in memory, which is
+faster than the loaders of those that make a batch row by row.
 """
 
 from __future__ import annotations

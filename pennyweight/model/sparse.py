@@ -36,6 +36,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pennyweight.core import memory
 from pennyweight.model.layers import Embeddings
 from pennyweight.model.spec import Batch
 from pennyweight.model.tables import Table
@@ -222,7 +223,7 @@ def summed(ids: Tensor, gradients: Tensor) -> tuple[Tensor, Tensor]:
 
 def _joined(weights: Sequence[nn.Parameter]) -> Tensor:
     """One matrix with the rows of all; each weight becomes a view of it, one at a time, so that no more is held twice."""
-    rows = torch.empty(sum(len(w) for w in weights), weights[0].shape[1])
+    rows = memory.huge(torch.empty(sum(len(w) for w in weights), weights[0].shape[1]))
     at = 0
     for weight in weights:
         part = rows[at : at + len(weight)]

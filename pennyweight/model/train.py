@@ -305,6 +305,11 @@ def _taught(
     return dataclasses.replace(train, catalog=train.catalog.replace(schema=schema), columns=columns, digest=""), None
 
 
+def loss_of(module: nn.Module, train: Dataset, recipe: Recipe, inputs: Sequence[str] = ()) -> losses.Loss:
+    """The recipe's loss of a batch of these rows, without a teacher."""
+    return _loss(module, _rows(module, train, recipe), recipe, inputs, None)
+
+
 def _loss(module: nn.Module, train: Dataset, recipe: Recipe, inputs: Sequence[str], teacher: nn.Module | None) -> losses.Loss:
     if recipe.loss not in losses.ROWS:
         drawn = recipe.negatives, recipe.popularity, recipe.calibration
