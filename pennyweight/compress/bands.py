@@ -18,6 +18,7 @@ import itertools
 from collections.abc import Mapping, Sequence
 from typing import ClassVar, Literal
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -167,8 +168,10 @@ class DropFields(Transform):
         found = {p: (m, t) for p, (m, t) in every.items() if t.rows > 1 and not p.startswith(inside)}
         if not found:
             raise PlanError(f"no table has rows of its own to drop; tables: {_listed(every)}")
-        counts = _asked(bundle, env, found, self)
-        made = {p: _constant(found[p][1], finite(p, rows_of(found[p][0])), c) for p, c in counts.items()}
+        counts = (
+            counted(bundle.model, env, found, rows_for(env, self)) if self.most is None else _asked(bundle, env, found, self)
+        )
+        made = {p: _constant(t, finite(p, rows_of(m)), counts[p]) for p, (m, t) in found.items() if p in counts}
         gone = made if self.most is None else self._harmless(bundle, env, made)
         return bundle.replace(model=rewrite(bundle.model, {p: made[p] for p in gone}))
 
@@ -242,13 +245,21 @@ def _full(bundle: Bundle, env: Env, only: Sequence[str], skip: Sequence[str], ro
 def _asked(bundle: Bundle, env: Env, found: Found, by: Transform) -> dict[str, Tensor]:
     """How often each row is looked up, of tables that are: where the forward does not lead (to a retrieval stage) none is cold.
 
+    A band that is not looked up is one of a table that is, if another one is.
+
     Raises:
         PlanError: there are no data, or they ask for no row.
     """
-    counts = counted(bundle.model, env, found, rows_for(env, by))
-    if not any(count.any() for count in counts.values()):
+    tables = {p: t for p, t in shared(bundle.model.build(env.allow)).items() if isinstance(t, BandedTable)}
+    beside = {
+        f"{p}.{name}": p for p, t in tables.items() for name in t.layer.parts() if Table.of(t.get_submodule(name)) is not None
+    }
+    counts = counted(bundle.model, env, dict.fromkeys((*found, *beside)), rows_for(env, by))
+    reached = {beside.get(path, path) for path, count in counts.items() if count.any()}
+    asked = {path: counts[path] for path in found if beside.get(path, path) in reached}
+    if not asked:
         raise PlanError(f"the model's forward looks nothing up in {', '.join(found)}, so nothing tells how its rows are used")
-    return {path: count for path, count in counts.items() if count.any()}
+    return asked
 
 
 def _listed(found: Found) -> str:
@@ -263,16 +274,20 @@ def _ranked(used: Mapping[str, Tensor], found: Found, shares: Sequence[float]) -
     each, sizes = [], []
     for path, rows in used.items():
         table = found[path][1]
-        use = rows.double() / table.dim
+        use = rows / table.dim
         if table.padding is not None:
             use[table.padding] = -1
         each.append(use)
-        sizes.append(torch.full_like(use, table.dim))
-    order = torch.cat(each).argsort(descending=True, stable=True)
+        sizes.append(torch.full((len(use),), table.dim, dtype=torch.int32))
+    # Millions of rows are in these: 17 bytes each at the most, by an order that is found in place.
+    order = torch.from_numpy(np.argsort(torch.cat(each).neg_().numpy(), kind="stable"))
+    del each
     reached = torch.cat(sizes)[order].cumsum(0)
-    ends = torch.tensor(list(itertools.accumulate(shares)), dtype=torch.float64) * reached[-1]
+    ends = [share * int(reached[-1]) * (1 + 1e-12) for share in itertools.accumulate(shares)]
+    starts = [int(torch.searchsorted(reached, end, right=True)) for end in ends]
     bands = torch.empty(len(order), dtype=torch.uint8)
-    bands[order] = torch.bucketize(reached, ends * (1 + 1e-12)).to(torch.uint8)
+    for band, (start, stop) in enumerate(itertools.pairwise([0, *starts, len(order)])):
+        bands[order[start:stop]] = band
     return dict(zip(used, torch.split(bands, [len(rows) for rows in used.values()]), strict=True))
 
 

@@ -281,6 +281,14 @@ def test_a_named_band_or_field_is_dropped_whatever_it_costs(given: Bundle, env: 
         DropFields(None, only=("item.band2.*",)).apply(dropped, env)
 
 
+def test_a_band_that_nothing_looks_up_costs_nothing(given: Bundle, env: Env) -> None:
+    """Of a table that is looked up: ids that rows of data never hold."""
+    split = SplitRows((0.8,), min_rows=100, only=("item",)).apply(given, env)
+    assert not lookups(split.model, env, ["item.band1"])["item.band1"][1:].any()
+    for drop in (DropFields(1e-9, only=("item.*",)), DropFields(None, only=("item.band1",))):
+        assert list(drop.apply(split, env).model.spec.layers) == ["item", "item.band1"]
+
+
 def test_classes_are_judged_as_classes() -> None:
     """A softmax that only shifts says the same."""
     before = torch.randn(10, 3)
