@@ -376,7 +376,8 @@ def tune(
         out_console.print(shown)
     if made.note:
         err_console.print(made.note, markup=False, highlight=False, soft_wrap=True)
-    steps = [made.chosen, *_index(given, requests, drop, seconds, seed, tuple(allow))]
+    chosen = tuner.sharing(given, made.chosen, requests, allow=tuple(allow))
+    steps = [chosen, *_index(given, requests, drop, seconds, seed, tuple(allow))]
     tuned = given
     for step in steps:
         try:
@@ -498,19 +499,13 @@ def simulate(
     """How many workers a load needs: a trace replayed through the scheduler on modelled workers."""
     from pennyweight.accelerate.profile import profiled
     from pennyweight.core.config import write
-    from pennyweight.core.measure import LOUD, Foreign
     from pennyweight.data.requests import KINDS, Arrivals, Load
     from pennyweight.report import serving
     from pennyweight.schedule.simulate import Fleet, enough, sweep
 
     drawn = {"kind": trace, "rate": rate, "seconds": seconds, "items": items, "pulse": pulse, "seed": seed}
     arrivals = decode(Load, drawn, "simulate").draw() if trace in KINDS else Arrivals.load_from(trace)
-    with Foreign() as others:
-        policy = profiled(bundle, int(arrivals.items.max()), seed, tuple(allow))
-    if others.share > LOUD:
-        err_console.print(
-            f"others used {others.share:.0%} of the processor while the bundle was timed: take this again in quiet"
-        )
+    policy = profiled(bundle, int(arrivals.items.max()), seed, tuple(allow), tell=err_console.print)
     device = next(iter(policy.variants[0].costs))
     wanted = p99 or policy.deadline_ms
     points = sweep(policy, arrivals, range(1, workers + 1), Fleet(device=device), seed=seed)

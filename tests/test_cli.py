@@ -1,5 +1,6 @@
 """The command line as a person meets it: every command, and what each wrong input says."""
 
+import dataclasses
 import json
 import shutil
 import subprocess
@@ -12,9 +13,10 @@ from safetensors.torch import load_file
 
 from pennyweight import job
 from pennyweight.core.config import dumps, encode
+from pennyweight.core.curve import Curve
 from pennyweight.core.errors import DataError
 from pennyweight.data.synthetic import Clicks
-from pennyweight.model.bundle import load, save
+from pennyweight.model.bundle import Policy, Variant, load, save
 from pennyweight.model.spec import Model
 from pennyweight.model.train import Recipe
 
@@ -304,3 +306,32 @@ def test_training_stopped_goes_on_where_it_was(tmp_path: Path) -> None:
     again = job.train(data, "dnn", {"dim": 8, "hidden": [16]}, Recipe(batch=512, epochs=3), tmp_path / "cut", split="random")
     assert [e.metric for e in again.epochs] == [e.metric for e in whole.epochs]
     assert not (tmp_path / "cut" / "checkpoint").exists()
+
+
+def test_how_many_workers_a_load_needs(folder: Path, tmp_path: Path) -> None:
+    best = tmp_path / "best"
+    variant = Variant("model", costs={"cpu": Curve(0.1, 0.0, 0.02)})
+    save(dataclasses.replace(load(folder / "bundle"), policy=Policy(deadline_ms=100.0, variants=(variant,))), best)
+    kept, page = tmp_path / "trace.jsonl", tmp_path / "page.html"
+    asked = ["simulate", str(best), "--workers", "3", "--p99", "60"]
+    done = run(*asked, "--rate", "400", "--seconds", "3", "--keep", str(kept), "--out", str(page))
+    assert done.returncode == 0, done.stderr
+    assert "2 workers for p99 <= 60 ms and 99.0% on time" in " ".join(done.stdout.split())
+    text = page.read_text()
+    assert "<svg" in text and "2 workers for p99" in text and text.count("<tr") == 4
+    again = run(*asked, "--trace", str(kept))
+    assert again.stdout.splitlines()[-3:] == done.stdout.splitlines()[-3:], "the same requests, the same answer"
+    few = run(*asked[:2], "--rate", "900", "--seconds", "1", "--workers", "1")
+    assert "1 worker is too few" in few.stdout and few.returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        (["--trace", "weekly"], "weekly cannot be read"),
+        (["--rate", "0"], "load.rate is 0"),
+    ],
+)
+def test_loads_that_cannot_be_simulated(folder: Path, args: list[str], said: str) -> None:
+    done = run("simulate", str(folder / "bundle"), *args)
+    assert done.returncode == 2 and said in done.stderr and len(done.stderr.splitlines()) == 1

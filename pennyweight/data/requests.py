@@ -17,7 +17,7 @@ import math
 import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -162,6 +162,7 @@ def _users(catalog: Catalog, n: int, rng: np.random.Generator) -> list[Request]:
 # -- when they come ------------------------------------------------------------------------------------------------------
 
 Kind = Literal["poisson", "gamma", "bursts", "diurnal"]
+KINDS: tuple[Kind, ...] = get_args(Kind)
 Sizes = Literal["heavy", "narrow", "fixed"]
 Times = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]

@@ -25,10 +25,9 @@ def answer(points: Sequence[Point], found: Point | None, p99_ms: float, on_time:
     wanted = f"p99 <= {p99_ms:g} ms and {on_time:.1%} on time"
     most = max(points, key=lambda p: p.workers)
     if found is None:
-        return (
-            f"{_many(most.workers)} are too few for {wanted}: p99 {_ms(most.p99_ms)} ms, {most.on_time:.2%} on time; try more "
-            "with --workers, or give the policy a cheaper variant"
-        )
+        few = f"{_many(most.workers)} {'is' if most.workers == 1 else 'are'} too few for {wanted}"
+        measured = f"p99 {_ms(most.p99_ms)} ms, {most.on_time:.2%} on time"
+        return f"{few}: {measured}; try more with --workers, or give the policy a cheaper variant"
     said = f"{_many(found.workers)} for {wanted}: p99 {found.p99_ms:.3g} ms, {found.on_time:.2%} on time, {found.busy:.0%} busy"
     fewer = [p for p in points if p.workers < found.workers]
     if fewer:
@@ -44,7 +43,6 @@ def page(points: Sequence[Point], found: Point | None, p99_ms: float, on_time: f
         DeviceError: the packages that draw are not installed.
     """
     rows = [_row(p, p is found) for p in points]
-    heads = ("workers", "on time", "by items", "p50 ms", "p99 ms", "refused", "busy", "quality", "answered by")
     charts = [("p99 of those answered", _p99(points, p99_ms)), ("on time, of all requests", _share(points, on_time))]
     figures = [
         Markup("<figure><figcaption>{}</figcaption>{}</figure>").format(title, Markup(picture(draw))) for title, draw in charts
@@ -60,19 +58,27 @@ def page(points: Sequence[Point], found: Point | None, p99_ms: float, on_time: f
             answer(points, found, p99_ms, on_time),
             trace,
             Markup("").join(figures),
-            Markup("").join(Markup("<th>{}</th>").format(h) for h in heads),
+            Markup("").join(Markup("<th>{}</th>").format(h) for h in heads(points)),
             Markup("").join(rows),
         )
     )
 
 
+def heads(points: Sequence[Point]) -> tuple[str, ...]:
+    """The table's columns: which model answered only where there are several."""
+    usual = ("workers", "on time", "by items", "p50 ms", "p99 ms", "refused", "busy")
+    return (*usual, "quality", "answered by") if len(points[0].mix) > 1 else usual
+
+
 def cells(point: Point) -> tuple[str, ...]:
     """A row of the table."""
-    mix = ", ".join(f"{name or 'the model'} {share:.0%}" for name, share in point.mix.items() if share > 0)
-    return (
+    usual = (
         str(point.workers), f"{point.on_time:.2%}", f"{point.on_time_items:.2%}", _ms(point.p50_ms), _ms(point.p99_ms),
-        f"{point.refused:.2%}", f"{point.busy:.0%}", f"{point.quality:.4f}", mix,
+        f"{point.refused:.2%}", f"{point.busy:.0%}",
     )  # fmt: skip
+    if len(point.mix) == 1:
+        return usual
+    return (*usual, f"{point.quality:.4f}", ", ".join(f"{name} {share:.0%}" for name, share in point.mix.items() if share > 0))
 
 
 def _row(point: Point, chosen: bool) -> Markup:

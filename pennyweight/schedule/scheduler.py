@@ -24,7 +24,7 @@ import dataclasses
 import itertools
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from typing import Any
 
 from pennyweight.core.curve import Curve, Learned
@@ -38,6 +38,8 @@ DEATHS = 2
 """Workers a request may see die before it is refused."""
 LESSONS = 32
 """Batches after which curves learn even if nobody calls ``learn``."""
+WILD = 3.0
+"""Safety factor above which times are not predictable: allowing for more would refuse all; the guard is for those."""
 RETRY_S = 1.0
 """Seconds after which one request is let in to try what predictions say is hopeless, while nothing else is there."""
 
@@ -52,9 +54,9 @@ class Knobs:
     """A batch grows while a forward's own cost is at least this share of it."""
     pressure: float = 0.5
     """A model is permitted while all that waits would take it this share."""
-    room: float = 0.7
+    room: float = 0.8
     """Share of ``pressure`` below which a better model may come back."""
-    patience: float = 0.2
+    patience: float = 0.1
     """For how long that must hold: this many times the first class's time."""
     split: float = 0.3
     """A request longer than this share is cut over idle workers."""
@@ -92,7 +94,7 @@ class Cost:
         if self.learned is not None:
             curve = self.learned.curve
             self.a, self.r, self.b = curve.fixed_ms / 1000, curve.request_ms / 1000, curve.item_ms / 1000
-            self.m = curve.safety
+            self.m = min(curve.safety, WILD)
 
 
 class Worker:
@@ -480,7 +482,9 @@ class Scheduler:
         if self._idle and self.queue.size:
             times.append(self._held())
         if self.policy.hedge and self._idle:
-            times += [self._overdue(w.batch) for w in self.workers.values() if w.batch and not w.batch.again]
+            now = self.clock()  # one that is overdue and has no copy has none for a reason that time alone does not change
+            overdue = (self._overdue(w.batch) for w in self.workers.values() if w.batch and not w.batch.again)
+            times += [time for time in overdue if time > now]
         known = [time for time in times if time is not None]
         return min(known) if known else None
 
@@ -494,10 +498,28 @@ class Scheduler:
         while (head := self.queue.head()) is not None:
             ticket = head.ticket
             cost = self._cheapest(self._floor[ticket.degrade])
-            if now + cost.a + cost.r + cost.b * head.items <= ticket.expires:
+            if now + cost.a + cost.r + cost.b * head.items <= ticket.expires and not self._dear(ticket, cost, now):
                 return
             self._hopeless.append(ticket)
             self.drop(ticket)
+
+    def _dear(self, ticket: Ticket, cost: Cost, now: float) -> bool:
+        """Whether answering the head in time would cost others more: its little time is for a small batch alone.
+
+        Where whole batches wait, each forward that is not full leaves somebody late. Serving whoever is about to expire
+        first, in batches that are small for that, keeps everybody about to expire (the domino effect of deadlines).
+        """
+        variant = self._floor[ticket.degrade]
+        joined = self._joined(cost, variant)
+        if joined == 1 or self.queue.size <= joined or ticket.deaths:
+            return False
+        each = sum(self.queue.loads) / self.queue.size
+        full = cost.a + each * joined
+        left = (ticket.deadline - now) / cost.m
+        if left >= full:
+            return False
+        few = (left - cost.a) / each
+        return joined * left / full - few > 1
 
     def _form(self, now: float, hurry: bool) -> list[Batch]:
         head = self.queue.head()
@@ -686,8 +708,3 @@ class Scheduler:
 
 
 NOTHING = Cost(None)
-
-
-def profiled(variants: Sequence[Variant], costs: Mapping[str, Mapping[str, Curve]]) -> tuple[Variant, ...]:
-    """Variants with what was profiled: by name, then device."""
-    return tuple(dataclasses.replace(v, costs={**v.costs, **costs.get(v.name, {})}) for v in variants)

@@ -60,8 +60,8 @@ class Fleet:
     """What each of the policy's variants truly takes; what the policy says by default."""
     speeds: tuple[float, ...] = ()
     """Each worker's time over the curve's; 1 by default."""
-    noise: float = 0.05
-    """Standard deviation of the logarithm of a forward's time."""
+    noise: float | None = None
+    """Standard deviation of the logarithm of a forward's time; as the curve's safety factor says by default."""
     residuals: tuple[float, ...] = ()
     """Measured over predicted times to draw from, in place of ``noise``."""
     faults: tuple[Fault, ...] = ()
@@ -231,9 +231,66 @@ def simulate(
         probe_s: seconds until a machine's answer to a probe is there.
 
     Raises:
-        ConfigError: nothing says what a variant takes, or a fault names a worker that is not there.
+        ConfigError: nothing says what a variant takes, a fault names a worker that is not there, or the trace a class
+            that the policy does not know.
     """
     return _Run(policy, trace, [fleet] if isinstance(fleet, Fleet) else list(fleet), seed, knobs, rule, probe_s).run()
+
+
+@dataclasses.dataclass(frozen=True)
+class Point:
+    """A trace on so many workers."""
+
+    workers: int
+    on_time: float
+    """Share of all requests, those refused included."""
+    on_time_items: float
+    """The same, weighted by items."""
+    p50_ms: float
+    p99_ms: float
+    """Of those answered."""
+    refused: float
+    """Share refused, at arrival or while waiting."""
+    quality: float
+    """Effective quality, and below what a fluid would reach."""
+    fluid: float
+    busy: float
+    """Share of the workers' time spent."""
+    mix: Mapping[str, float]
+    """Share of the answers each variant gave."""
+    classes: Mapping[str, float]
+    """On-time share by class."""
+    sizes: tuple[float, ...]
+    """On-time share by quartile of items, the smallest first."""
+
+    @classmethod
+    def of(cls, replay: Replay) -> Point:
+        """The figures of a replay."""
+        refused = 1 - float((replay.fate == 0).mean())
+        busy = replay.busy_s / (replay.workers * replay.trace.seconds)
+        return cls(
+            replay.workers, replay.on_time, replay.on_time_items, replay.percentile(50), replay.percentile(99), refused,
+            replay.quality, replay.fluid, busy, replay.mix, replay.by("priority"), tuple(replay.by_size()),
+        )  # fmt: skip
+
+    def meets(self, p99_ms: float, on_time: float) -> bool:
+        """Whether enough are on time, and those answered are answered soon enough."""
+        return self.on_time >= on_time and self.p99_ms <= p99_ms
+
+
+def sweep(policy: Policy, trace: Arrivals, workers: Sequence[int], fleet: Fleet, *, seed: int = 0) -> list[Point]:
+    """The trace on each number of workers."""
+    return [Point.of(simulate(policy, trace, dataclasses.replace(fleet, workers=n), seed=seed)) for n in workers]
+
+
+def enough(points: Sequence[Point], p99_ms: float, on_time: float) -> Point | None:
+    """The fewest workers from which on every larger number tried meets the objective; None if even the most do not."""
+    found = None
+    for point in sorted(points, key=lambda p: -p.workers):
+        if not point.meets(p99_ms, on_time):
+            break
+        found = point
+    return found
 
 
 class _Node:
@@ -280,7 +337,8 @@ class _Node:
         """Seconds a batch truly takes."""
         if not self.factors:
             fleet = self.fleet
-            drawn = self.rng.choice(fleet.residuals, 4096) if fleet.residuals else self.rng.lognormal(0, fleet.noise, 4096)
+            noise = math.log(self.curves[0].safety) / 1.645 if fleet.noise is None else fleet.noise
+            drawn = self.rng.choice(fleet.residuals, 4096) if fleet.residuals else self.rng.lognormal(0, noise, 4096)
             self.factors = drawn.tolist()
         ms = self.curves[batch.variant].ms(len(batch.pieces), batch.items)
         return ms / 1000 * self.factors.pop() * self.slow[int(batch.worker.name)] + self.fleet.overhead_s
@@ -347,6 +405,10 @@ class _Run:
         self.events: list[tuple[float, int, Callable[[Any], None], Any]] = []
         self.nodes = {str(k): _Node(self, k, fleet, knobs, seed) for k, fleet in enumerate(fleets)}
         self.rule = _rule(rule, self.nodes, seed) if isinstance(rule, str) else rule
+        known = {c.name for c in policy.classes}
+        for name in trace.priorities:
+            if name and name not in known:
+                raise ConfigError(f"the trace has class {name!r}; the policy knows {', '.join(sorted(known)) or 'no classes'}")
         n = len(trace)
         self.fate = np.full(n, FATES.index("lost"), np.int8)
         self.latency = np.full(n, math.inf)
@@ -413,4 +475,6 @@ class _Run:
 def _rule(name: str, nodes: Mapping[str, _Node], seed: int) -> Rule:
     if name == "oracle":
         return Oracle(list(nodes), lambda node, work_s: nodes[node].ask(work_s))
-    return {"hot-cold": HotCold, "power-of-two": PowerOfTwo, "round-robin": RoundRobin}[name](list(nodes), seed)
+    rules: dict[str, Callable[[list[str], int], Rule]]
+    rules = {"hot-cold": HotCold, "power-of-two": PowerOfTwo, "round-robin": RoundRobin}
+    return rules[name](list(nodes), seed)

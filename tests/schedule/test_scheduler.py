@@ -13,7 +13,7 @@ from pennyweight.core.curve import Curve
 from pennyweight.core.errors import NotFound, Overloaded, RequestError
 from pennyweight.model.bundle import Policy, Priority, Tenant, Variant
 from pennyweight.schedule.queue import Ticket
-from pennyweight.schedule.scheduler import Batch, Scheduler
+from pennyweight.schedule.scheduler import USUAL, Batch, Knobs, Scheduler
 
 SURE = {"safety": 1.0}
 GPU = Curve(4.0, 0.5, 0.0, **SURE)
@@ -31,9 +31,9 @@ THREE = Policy(
 class World:
     """A scheduler, its clock, and what was started on its workers."""
 
-    def __init__(self, policy: Policy, workers: int = 1) -> None:
+    def __init__(self, policy: Policy, workers: int = 1, knobs: Knobs = USUAL) -> None:
         self.now = 100.0
-        self.scheduler = Scheduler(policy, lambda: self.now)
+        self.scheduler = Scheduler(policy, lambda: self.now, knobs)
         for k in range(workers):
             self.scheduler.join(f"w{k}")
 
@@ -156,7 +156,7 @@ def test_no_more_pieces_than_workers_nobody_else_waits_for() -> None:
 def test_what_would_be_late_is_refused_at_arrival_with_when_to_come_back() -> None:
     world = World(dataclasses.replace(ONE, batch=1))
     accepted, running = 0, []
-    with pytest.raises(Overloaded, match="the deadline is 49.9 ms") as refused:
+    with pytest.raises(Overloaded, match=r"the deadline is 49\.9 ms") as refused:
         for _ in range(100):
             world.offer(deadline_s=0.0499)
             running += world.start()
@@ -299,7 +299,7 @@ def test_the_best_model_answers_until_load_asks_for_less() -> None:
 
 
 def test_stepping_up_again_is_patient() -> None:
-    world = World(THREE)
+    world = World(THREE, knobs=Knobs(patience=0.2, room=0.7))
     for k in range(9):
         world.offer(k, 100)
     levels = []
@@ -537,6 +537,8 @@ class Chaos(World):
             assert batch.worker.batch is batch
             for piece in batch.pieces:
                 assert piece.ticket.degrade or MIXED.variants[batch.variant].within
+        due = scheduler.due()
+        assert due is None or due > self.now, "what is due has been done; a loop would spin"
         assert scheduler.hedged <= MIXED.hedge * (scheduler.worked + scheduler.hedged) + 1e-9
 
 
