@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from pennyweight import job
+from pennyweight.compress.prune import PruneNeurons
 from pennyweight.compress.quantize import QuantizeDense
 from pennyweight.core.budget import parse
 from pennyweight.core.config import dumps, loads
@@ -16,14 +17,16 @@ from pennyweight.core.errors import ConfigError, DataError, Infeasible, NotWorth
 from pennyweight.data.synthetic import Clicks
 from pennyweight.model.bundle import load
 from pennyweight.model.train import Recipe
-from pennyweight.model.transform import Env
+from pennyweight.model.transform import Env, plan
 from pennyweight.optimize.evaluate import Bench, memory, outcomes, parts
-from pennyweight.optimize.search import Options, Search, Step, optimize
+from pennyweight.optimize.search import Options, Search, Step, _alike, optimize
 from pennyweight.optimize.space import stronger
-from pennyweight.optimize.trial import Price, Result
+from pennyweight.optimize.trial import Cost, Price, Result, Trial
 
 RECIPE = Recipe(batch=512, epochs=3, lr=3e-3, patience=1)
 QUICK = Options(seconds=40, epochs=1, tries=1, candidates=50, timing_s=0.05, engines=("eager",))
+
+HALF, INT8, INT4 = PruneNeurons(keep=0.5), QuantizeDense("int8"), QuantizeDense("int4")
 
 
 @pytest.fixture(scope="module")
@@ -74,6 +77,26 @@ def test_an_impossible_budget_shows_the_frontier(run: Path, tmp_path: Path) -> N
         job.improve(run, parse("bytes <= 1kB, auc drop <= 0.01"), QUICK, out=tmp_path)
     assert caught.value.frontier and all("bytes is" in m for m in caught.value.missing)
     assert not (tmp_path / "best").exists() and (tmp_path / "result.json").exists()
+
+
+def test_limits_may_be_multiples_of_the_given_model(run: Path, tmp_path: Path) -> None:
+    options = dataclasses.replace(QUICK, tries=0)
+    result = job.improve(run, parse("bytes <= 0.4x, p50 <= 1000x, auc drop <= 0.01"), options, out=tmp_path).result
+    assert result.chosen is not None and result.chosen.measured is not None and result.baseline.measured is not None
+    assert result.chosen.measured.bytes <= 0.4 * result.baseline.measured.bytes
+    assert result.budget.startswith("bytes <= 0.4x, p50 <= 1000x"), "as it was asked"
+    with pytest.raises(Infeasible, match=r"nothing tried meets p50 <= 0.001x") as caught:
+        job.improve(run, parse("p50 <= 0.001x, auc drop <= 0.01"), options)
+    assert all("p50 is" in m for m in caught.value.missing)
+    with pytest.raises(NotWorthIt):
+        job.improve(run, parse("bytes <= 1x"), options)
+
+
+def test_a_runtime_is_chosen_for_plans_of_one_structure() -> None:
+    spent = Cost(1, 1.0, 1.0, 1)
+    plans = [plan(t) for t in ((INT8,), (HALF, INT8), (INT4,), (HALF, INT4))]
+    first, second = _alike([Trial("free", p, spent) for p in plans])
+    assert [t.plan for t in first] == [plans[0], plans[2]] and [t.plan for t in second] == [plans[1], plans[3]]
 
 
 def test_a_model_within_its_budget_is_left_alone(run: Path, tmp_path: Path) -> None:
