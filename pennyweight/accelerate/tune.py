@@ -20,6 +20,7 @@ and the trace says so. Whatever fails while it is measured, memory that runs out
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import itertools
@@ -227,6 +228,22 @@ def fastest(
     if memory:
         remember(memory, key, chosen)
     return Tuning(chosen, trace, points, note)
+
+
+def sharing(
+    bundle: Bundle, chosen: SetRuntime, batches: Sequence[Batch], *, rounds: int = 20, allow: Sequence[str] = ()
+) -> SetRuntime:
+    """The choice, and that requests share work (``accelerate.factor``) where that is faster here by more than a tie.
+
+    ``batches`` are requests: every user column one row repeated. A model in which nothing can be shared stays as chosen.
+    """
+    with contextlib.ExitStack() as stack:
+        ways = [dataclasses.replace(chosen, shared=way).change(bundle, Env()) for way in (False, True)]
+        runners = [stack.enter_context(Runner(way, allow, probe=batches[0], fallback=True)) for way in ways]
+        if runners[1].shared is None:
+            return chosen
+        _, parts = interleaved([over(r.score, batches) for r in runners], rounds=rounds, warmup=2)
+    return dataclasses.replace(chosen, shared=parts.ratio * TIE < 1.0)
 
 
 def _runtime(point: Point) -> Runtime:
