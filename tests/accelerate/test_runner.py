@@ -13,9 +13,10 @@ from torch import Tensor, nn
 
 from pennyweight.accelerate import compile as engines
 from pennyweight.accelerate.runner import Runner
+from pennyweight.core import hardware
 from pennyweight.core.errors import ConfigError, DeviceError
 from pennyweight.data.schema import Column
-from pennyweight.model.bundle import Bundle, Placement, Runtime
+from pennyweight.model.bundle import Bucket, Bundle, Placement, Runtime
 from pennyweight.model.ranking import DeepFM
 from pennyweight.model.retrieval import TwoTower
 from pennyweight.model.spec import Batch, Model, Spec, build, call, spec_of
@@ -194,3 +195,69 @@ def test_a_placement_that_does_not_fit_is_refused(monkeypatch: pytest.MonkeyPatc
 def test_tables_on_a_gpu_and_beside_it(rest: str) -> None:
     placement = Placement(tables={ITEMS: "cuda:0", "embeddings.tables.user": rest})
     np.testing.assert_allclose(Runner(bundle(placement=placement)).score(batch(20)), expected(bundle()), rtol=1e-4, atol=1e-4)
+
+
+def test_a_request_is_scored_in_parts_and_other_batches_are_not() -> None:
+    given = bundle(runtime=Runtime("eager", 1, shared=True))
+    runner = Runner(given, probe=batch(5))
+    assert runner.shared is not None and runner.shared.user is not None
+    seen: list[int] = []
+    runner.module.register_forward_pre_hook(lambda _, args: seen.append(len(args[0]["item"])))
+    request = {n: t if n == "item" else t[:1].expand(20, *t.shape[1:]) for n, t in batch(20).items()}
+    np.testing.assert_allclose(runner.score(request), expected(given), rtol=1e-4, atol=1e-5)
+    assert seen == [], "the plain module was not asked"
+    np.testing.assert_allclose(runner.score(batch(20)), expected(given), rtol=1e-5, atol=1e-6)
+    assert seen == [20], "a user column of its own for each row"
+
+
+def test_kept_items_are_ranked_by_id() -> None:
+    given = bundle(runtime=Runtime("eager", 1, shared=True))
+    with Runner(given, probe=batch(5)) as runner:
+        with pytest.raises(ConfigError, match="no items were kept"):
+            runner.ranked({}, np.asarray([2]))
+        ids = np.arange(2, 300)
+        assert runner.keep(batch(5), {"item": torch.from_numpy(ids)}, ids, 300)
+        whole = batch(20)
+        asker = {n: t[:1] for n, t in whole.items() if n != "item"}
+        np.testing.assert_allclose(runner.ranked(asker, whole["item"].numpy()), expected(given), rtol=1e-4, atol=1e-5)
+    assert not Runner(bundle(), probe=batch(5)).keep(batch(5), {"item": torch.from_numpy(ids)}, ids, 300)
+
+
+def test_what_cannot_be_shared_is_scored_whole_and_says_so_once(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = bundle(TwoTower, runtime=Runtime("eager", 1, shared=True))
+    monkeypatch.setattr("pennyweight.accelerate.runner._roles", lambda bundle: ({}, ""))
+    runner = Runner(given)
+    request = {n: t[:1].expand(20, *t.shape[1:]) if n != "item" else t for n, t in batch(20).items()}
+    for _ in range(2):
+        np.testing.assert_allclose(runner.score(request), expected(given), rtol=1e-5, atol=1e-6)
+    assert caplog.text.count("every candidate is computed whole") == 1
+
+
+def test_each_size_of_batch_has_its_engine() -> None:
+    made: list[str] = []
+
+    def maker(module: nn.Module, runtime: Runtime, probe: Batch, inputs: object) -> engines.Scorer:
+        def score(batch: Batch) -> Tensor:
+            made.append(f"{runtime.engine} {len(batch['item'])}")
+            return call(module, batch)
+
+        return score
+
+    runtime = Runtime("fused", 1, 16, buckets=(Bucket(1, "onnxruntime", 1), Bucket(8, "eager", 2)))
+    runner = Runner(bundle(runtime=runtime), probe=batch(5), maker=maker)
+    for rows in (1, 2, 8, 20):
+        np.testing.assert_allclose(runner.score(batch(rows)), expected(bundle(), rows), rtol=1e-5, atol=1e-6)
+    assert made == ["onnxruntime 1", "eager 2", "eager 8", "fused 16", "fused 4"]
+    with pytest.raises(ConfigError, match="buckets end at 8, 8 rows"):
+        Runtime(buckets=(Bucket(8), Bucket(8)))
+
+
+def test_a_runtime_of_another_machine_is_not_trusted(caplog: pytest.LogCaptureFixture) -> None:
+    elsewhere = Runtime("compile", 7, buckets=(Bucket(4, "aot"),), machine="a Cray, 1 cores")
+    runner = Runner(bundle(runtime=elsewhere), probe=batch(5))
+    assert runner.engine == "eager" and runner.runtime == Runtime("eager", 1)
+    assert "chosen on 'a Cray, 1 cores'" in runner.note and "until it is tuned here" in caplog.text
+    here = Runner(bundle(runtime=Runtime("eager", 2, machine=hardware.fingerprint())))
+    assert not here.note and here.runtime.threads == 2
