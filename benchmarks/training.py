@@ -36,6 +36,7 @@ from benchmarks import harness
 from benchmarks.harness import Options, Row
 from benchmarks.peers.training import Task
 from pennyweight.core import hardware, memory
+from pennyweight.core.errors import DeviceError
 from pennyweight.data import loaders
 from pennyweight.data.dataset import Split
 from pennyweight.data.sample import prepare
@@ -110,13 +111,15 @@ class Worker:
 
 
 IDLE: dict[str, list[Worker]] = {}
-"""Processes that wait for another task; they end with ours, whose end closes their input."""
+"""Processes of a quick run that wait for another task; they end with ours, whose end closes their input. Those of a full run
+end with their row, so that the harness knows their time as ours."""
 
 
 class Race:
     """Several systems over several tasks, each pair a process; in a ``with``."""
 
-    def __init__(self, entries: Sequence[tuple[System, Task]], data: Mapping[str, Arrays], venvs: Path | None) -> None:
+    def __init__(self, entries: Sequence[tuple[System, Task]], data: Mapping[str, Arrays], setting: Setting) -> None:
+        venvs, self.reuse = setting.venvs, setting.options.quick
         self.folder = Path(tempfile.mkdtemp(prefix="pennyweight-training-"))
         self.entries, self.data = entries, data
         self.workers = [IDLE[s.module].pop() if IDLE.get(s.module) else Worker(s, venvs) for s, _ in entries]
@@ -137,22 +140,27 @@ class Race:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         for worker in self.workers:
-            if worker.failed:
-                worker.close()
-            else:
+            if self.reuse and not worker.failed:
                 worker.ask("rest")
                 IDLE.setdefault(worker.system.module, []).append(worker)
+            else:
+                worker.close()
         shutil.rmtree(self.folder)
 
-    def turns(self, rounds: int, steps: int = 0) -> list[list[float]]:
-        """Rows a second of each entry in each round; 0 where it has failed. ``steps`` 0 takes turns of equal length."""
-        first = [w.ask("turn", steps=max(2, steps)).get("rows_per_s", 0.0) for w in self.workers]
+    def turn(self, steps: Sequence[int]) -> list[float]:
+        """Rows a second of each entry over so many steps; 0 where it has failed."""
+        return [w.ask("turn", steps=n).get("rows_per_s", 0.0) for w, n in zip(self.workers, steps, strict=True)]
+
+    def steps(self) -> list[int]:
+        """How many steps of each take a turn, after a first one that warms it up."""
+        first = self.turn([3] * len(self.workers))
         batches = [task.batch for _, task in self.entries]
-        each = [steps or int(np.clip(TURN_S * r / b, 3, 200)) for r, b in zip(first, batches, strict=True)]
-        return [
-            [w.ask("turn", steps=n).get("rows_per_s", 0.0) for w, n in zip(self.workers, each, strict=True)]
-            for _ in range(rounds)
-        ]
+        return [3 if self.reuse else int(np.clip(TURN_S * r / b, 3, 200)) for r, b in zip(first, batches, strict=True)]
+
+    def rounds(self) -> list[list[float]]:
+        """A turn of each, again and again."""
+        steps = self.steps()
+        return [self.turn(steps) for _ in range(1 if self.reuse else ROUNDS)]
 
     def trained(self, k: int, label: npt.NDArray[Any]) -> tuple[float, dict[str, Any]]:
         """The AUC of an entry trained to its end, on the test rows, and what it says of itself."""
@@ -240,8 +248,8 @@ def dense(model: str, dataset: str, setting: Setting) -> list[Row]:
     )
     systems = (OURS, HALVED, *setting.peers, *((AMP,) if AMP.module in {p.module for p in setting.peers} else ()))
     id = f"{model}/{dataset}"
-    with Race([(s, task) for s in systems], data, setting.venvs) as race:
-        rounds, limits = race.turns(1, 3) if quick else race.turns(ROUNDS), []
+    with Race([(s, task) for s in systems], data, setting) as race:
+        rounds, limits = race.rounds(), []
         for _ in range(1 if quick else 3):
             limits.append([race.workers[k].ask("limit") for k in (0, 1)])
         best = _best(systems, rounds)
@@ -278,8 +286,8 @@ def tables(rows: int, bar: float, setting: Setting) -> list[Row]:
     fields, data = generated([rows // (500 if quick else 10)] * 10, 8_192 if quick else 409_600)
     task = _sparse(fields, quick)
     systems = (OURS, HALVED, *setting.peers)
-    with Race([(s, task) for s in systems], data, setting.venvs) as race:
-        rounds = race.turns(1, 3) if quick else race.turns(ROUNDS)
+    with Race([(s, task) for s in systems], data, setting) as race:
+        rounds = race.rounds()
         paces = {s.name: statistics.median(r[k] for r in rounds) for k, s in enumerate(systems)}
         notes = f"DeepFM, 10 fields x 16, 64-32, power law, Adagrad; {_paces(paces, race)}"
         return _speedups(id, systems, rounds, _best(systems, rounds), race.versions, bar, (0, 1), notes)
@@ -294,20 +302,18 @@ def growth(rows: int, setting: Setting) -> list[Row]:
     room = 0 if quick else int(0.8 * memory.free())
     small, large = (dataclasses.replace(_sparse(f, quick), memory=room) for f, _ in both)
     needed = 4 * rows * (16 + 16 + 1)
-    with Race([(OURS, small)], both[0][1], None) as one, Race([(OURS, large)], both[1][1], None) as other:
-        one.turns(1, 3), other.turns(1, 3)
+    with Race([(OURS, small)], both[0][1], setting) as one, Race([(OURS, large)], both[1][1], setting) as other:
+        steps = [race.steps() for race in (one, other)]
         if other.workers[0].failed:
-            return [
-                Row(
-                    id, "slowdown", float("inf"), float("inf"), float("inf"), 1, 1.5, note=other.workers[0].failed, at_most=True
-                )
-            ]
-        pairs = [(one.turns(1, 0)[0][0], other.turns(1, 0)[0][0]) for _ in range(1 if quick else ROUNDS)]
+            raise DeviceError(
+                f"{id}: {other.workers[0].failed}; {needed / 1e9:.1f} GB are needed, {room / 1e9:.1f} may be taken"
+            )
+        pairs = [(one.turn(steps[0])[0], other.turn(steps[1])[0]) for _ in range(1 if quick else ROUNDS)]
     slow = [a / b for a, b in pairs]
     beside = []
     for peer in setting.peers[:1] if quick else setting.peers:
-        with Race([(peer, large)], both[1][1], setting.venvs) as race:
-            pace = race.turns(1, 3)[0][0]
+        with Race([(peer, large)], both[1][1], setting) as race:
+            pace = race.turn([3])[0]
             beside.append(f"{peer.name} {pace:,.0f}/s" if pace else f"{peer.name} fails ({race.workers[0].failed[:80]})")
     note = (
         f"26 fields x 16 of sizes like Criteo's, power law; {statistics.median(p[1] for p in pairs):,.0f} rows/s against "

@@ -2,7 +2,8 @@
 
 Rows a second rise with the batch until the layers are wide enough to keep the processor busy, and memory rises with it to
 the end; where the two meet depends on the model and the machine, so it is measured. Batches grow by two from ``SMALLEST``
-while they pay; of those within ``CLOSE`` of the best the smallest is taken, since a larger one makes fewer steps of the same rows.
+while they pay; of those within ``CLOSE`` of the best the smallest is taken, since a larger one makes fewer steps of the same
+rows.
 
 Nothing runs out of memory. What a batch will need is foretold from those before it, and one that would pass ``SHARE`` of
 what is free is not run; should one need more than foretold, a limit on the process turns what would be a kill into an error.

@@ -28,6 +28,7 @@ as large as the table, and every row counts as touched.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -222,7 +223,17 @@ def summed(ids: Tensor, gradients: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _joined(weights: Sequence[nn.Parameter]) -> Tensor:
-    """One matrix with the rows of all; each weight becomes a view of it, one at a time, so that no more is held twice."""
+    """One matrix with the rows of all; each weight becomes a view of it, one at a time, so that no more is held twice.
+
+    Weights that lie end to end already, since they were trained so before, stay where they are.
+    """
+    first, n = weights[0], sum(map(len, weights))
+    ends = [*itertools.accumulate(w.numel() for w in weights)]
+    starts = [first.storage_offset() + end - w.numel() for w, end in zip(weights, ends, strict=True)]
+    place = first.untyped_storage().data_ptr()
+    if all(w.is_contiguous() and w.storage_offset() == s for w, s in zip(weights, starts, strict=True)):
+        if starts[0] == 0 and all(w.untyped_storage().data_ptr() == place for w in weights):
+            return first.data.as_strided((n, first.shape[1]), (first.shape[1], 1))
     rows = memory.huge(torch.empty(sum(len(w) for w in weights), weights[0].shape[1]))
     at = 0
     for weight in weights:
