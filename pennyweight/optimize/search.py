@@ -79,7 +79,7 @@ WAYS = 6.0
 TUNED = 3
 """Structures whose runtime is chosen by measurement: the cheapest plan may not be proven, and another's is another's."""
 
-LEFT = (0.25, 1.0)
+LEFT = (0.25, 0.5)
 """Share of what a structure loses on each axis (neurons, rows) that training is taken to leave.
 
 On Frappe, a net cut to a quarter lost .0016 before 15 epochs of recovery and gained .0010 after; rows that share 3 codes lost
@@ -350,7 +350,7 @@ class Search:
 
     def recovered(self, structure: Structure) -> Structure:
         """The structure with its training, or alone where training found nothing better than what compression left."""
-        ways = recoveries(structure, self.env, self._epochs(), self.forbidden)
+        ways = recoveries(structure, self.env, self._epochs(), self.forbidden, self.options.objective == "bytes")
         if not ways:
             return structure
         if self.way is None:
@@ -501,13 +501,15 @@ class Search:
         layers = described(self.bundle, self.env.allow)
         norms = self.norms = foldable(self.bundle.model.build(self.env.allow), self.bundle.model.spec.inputs, self.forbidden)
         self.say("predict", "sketching the structures there are")
-        rungs = self._rungs(structures(self.bundle, layers, self.env, self.forbidden), norms)
+        rungs = self._rungs(structures(self.bundle, layers, self.env, self.forbidden, self.options.objective == "bytes"), norms)
         free = [r for r in rungs if not r.structure]
         for rung in free:
             self._attempt_types(rung, ())
         open_ = [r for r in rungs if r.structure and recoveries(r.structure, self.env, 1) and self._promising(r.guesses[-1])]
         if open_ and self.options.tries:
             self.train_teachers()
+        if free and not (open_ and self.options.tries):
+            self.allocate(())
         lost = self._unrecovered(open_) if self.options.objective == "bytes" and self.options.tries else {}
         held, room = True, self.margin
         for tried in range(self.options.tries):
