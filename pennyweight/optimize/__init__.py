@@ -12,7 +12,7 @@ from typing import Any
 from pennyweight.accelerate import tune  # noqa: F401
 from pennyweight.compress import aware, bands, distill, factor, onnx, prune, quantize, residual, rotate, share, substitute  # noqa: F401
 from pennyweight.distribute import planner  # noqa: F401
-from pennyweight.schedule import queue  # noqa: F401
+from pennyweight.schedule import policy  # noqa: F401
 
 
 class _Callable(types.ModuleType):
