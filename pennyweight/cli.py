@@ -293,7 +293,19 @@ def inspect(bundle: Annotated[Path, typer.Argument(help="A bundle folder.")], al
     out_console.print(shown)
     for name in ("placement", "runtime", "policy"):
         out_console.print(f"{name}: {encode(getattr(held, name))}", highlight=False)
+    if held.catalog is not None and held.catalog.items is not None and len(held.catalog.item_ids) > 1:
+        out_console.print(f"requests: {_parts(held, allow)}", highlight=False)
     out_console.print("plan: " + ("\n  ".join(["", *map(str, held.plan)]) if held.plan else "as given"), highlight=False)
+
+
+def _parts(held: Any, allow: list[str]) -> str:
+    """What candidates of one request could share."""
+    from pennyweight.accelerate.runner import Runner
+    from pennyweight.model.bundle import Runtime
+
+    probe = held.catalog.request(None, (), held.catalog.item_ids[:2])
+    with Runner(held.replace(runtime=Runtime("eager", 1, shared=True)), tuple(allow), probe=probe, fallback=True) as runner:
+        return "nothing to share between candidates" if runner.shared is None else runner.shared.count.describe()
 
 
 @app.command()
