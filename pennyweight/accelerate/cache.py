@@ -87,11 +87,13 @@ class HotTable(nn.Module):
         if isinstance(self.table, nn.Embedding):
             return raw
         shell = _shell(self.table, raw)
-        return shell.look(torch.arange(len(raw), device=raw.device), shell.form())
+        rows: Tensor = shell.look(torch.arange(len(raw), device=raw.device), shell.form())
+        return rows
 
     @property
     def _stored(self) -> Tensor:
-        return self.table.weight.detach() if isinstance(self.table, nn.Embedding) else self.table.packed  # type: ignore[return-value]
+        stored: Tensor = self.table.weight if isinstance(self.table, nn.Embedding) else self.table.packed  # type: ignore[assignment]
+        return stored.detach()
 
     def _gathered(self, ids: Tensor) -> Tensor:
         """Rows as they are stored, [n, bytes or numbers]."""
@@ -126,8 +128,8 @@ class HotTable(nn.Module):
 
     def _rerank(self) -> None:
         """Counts of the window and halved ones of before; the most frequent are taken."""
-        fresh, counts = torch.cat(self._window).unique(return_counts=True)
-        ids, at = torch.cat([self._ranked, fresh]).unique(return_inverse=True)
+        fresh, counts = torch.unique(torch.cat(self._window), return_counts=True)
+        ids, at = torch.unique(torch.cat([self._ranked, fresh]), return_inverse=True)
         total = torch.zeros(len(ids)).index_add_(0, at, torch.cat([self._counts / 2, counts.float()]))
         best = total.argsort(descending=True, stable=True)[: 2 * self.size]
         self._ranked, self._counts = ids[best], total[best]

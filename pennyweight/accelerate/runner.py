@@ -19,6 +19,7 @@ rows in use in memory. They leave memory when the bundle they came from does: th
 from __future__ import annotations
 
 import contextlib
+import importlib
 import logging
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -213,7 +214,7 @@ class Runner:
         return self._within(self.runtime.threads, lambda: _array(vectors(self._here(batch))))
 
     def _here(self, batch: Batch) -> Batch:
-        return batch if self.home == "cpu" else {n: t.to(self.home) for n, t in batch.items()}
+        return batch if self.home == "cpu" else kernels().moved(batch, self.home)
 
     def _make(self, runtime: Runtime, probe: Batch) -> Scorer:
         try:
@@ -225,6 +226,8 @@ class Runner:
             self.note = f"{error}; eager runs instead"
             log.warning(self.note)
             score = eager(self.module, self._inputs)
+        if self.home != "cpu" and runtime.engine == "eager":
+            score = kernels().Graphed(score)
         made = score if self.home == "cpu" else lambda batch: score(self._here(batch))
         self._scorers[runtime.engine, runtime.threads] = made
         return made
@@ -243,6 +246,11 @@ def _columns(args: Any) -> Any:
     if not isinstance(args, Mapping):
         return []
     return args["columns"] if "columns" in args else next((c for v in args.values() if (c := _columns(v))), [])
+
+
+def kernels() -> Any:
+    """What only a GPU needs; Triton takes a second to import."""
+    return importlib.import_module("pennyweight.accelerate.kernels")
 
 
 def _closed(batch: Batch) -> Tensor:
@@ -271,7 +279,11 @@ def _placed(model: Model, placement: Placement, home: str, allow: Sequence[str])
     module = Model(model.spec, state).build(allow)
     for path in mapped:
         module.get_submodule(path).apart = True  # type: ignore[assignment]  # not to be joined with tables in memory
-    return module if home == "cpu" else _spread(module, placement.tables, home)
+    if home == "cpu":
+        return module
+    spread = _spread(module, placement.tables, home)
+    kernels().fuse_tables(spread)
+    return spread
 
 
 def _spread(module: nn.Module, tables: Mapping[str, str], home: str) -> nn.Module:
