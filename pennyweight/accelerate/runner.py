@@ -226,7 +226,8 @@ class Runner:
             self.note = f"{error}; eager runs instead"
             log.warning(self.note)
             score = eager(self.module, self._inputs)
-        if self.home != "cpu" and runtime.engine == "eager":
+        apart = bool(self.hot) or any(m._forward_pre_hooks for m in self.module.modules())  # a table that is elsewhere waits
+        if self.home != "cpu" and runtime.engine == "eager" and not apart:
             score = kernels().Graphed(score)
         made = score if self.home == "cpu" else lambda batch: score(self._here(batch))
         self._scorers[runtime.engine, runtime.threads] = made
