@@ -92,6 +92,9 @@ BOLDER = 3.0
 LOOKING = 0.3
 """Share of the compute cap after which no structure is looked at untrained."""
 
+LISTING = 0.7
+"""Share of what is left that measuring an allocator's choices may take."""
+
 FINALISTS = 12
 """Plans put to the proof at most: each must be proven for the next to be tested, so more of them cost scoring alone."""
 
@@ -245,7 +248,7 @@ class Search:
         o, _ = self.options, self.forbidden  # a slip in a name is said before any work
         self.say("baseline", "timing the model as given")
         self.bench = Bench.of(self.test, o.candidates, self.env.requests, seed=self.env.seed)
-        self.bench = dataclasses.replace(self.bench, seconds=o.timing_s if o.objective == "cost" else min(o.timing_s, BRIEF))
+        self.bench = dataclasses.replace(self.bench, seconds=self.timing)
         self.bundle, self.threads_note = self._at_best_threads(self.bundle)
         self.base = cost(self.bundle, self.bench, self.env.allow)
         self.before = parts(self.bundle, self.bench, self.env.allow)
@@ -419,9 +422,14 @@ class Search:
         return hear
 
     @property
+    def timing(self) -> float:
+        """Seconds that a trial is timed."""
+        return self.options.timing_s if self.options.objective == "cost" else min(self.options.timing_s, BRIEF)
+
+    @property
     def reserve(self) -> float:
         """Seconds kept back for the proof and the final timing."""
-        return min(0.25 * self.options.seconds, 10 * self.options.timing_s + 5)
+        return min(0.25 * self.options.seconds, 10 * self.timing + 5)
 
     def _validated(self, bundle: Bundle) -> Quality:
         return self._compared(self._outcomes(bundle, 1), self.valid_scores, 1)
@@ -501,7 +509,8 @@ class Search:
         layers = described(self.bundle, self.env.allow)
         norms = self.norms = foldable(self.bundle.model.build(self.env.allow), self.bundle.model.spec.inputs, self.forbidden)
         self.say("predict", "sketching the structures there are")
-        rungs = self._rungs(structures(self.bundle, layers, self.env, self.forbidden, self.options.objective == "bytes"), norms)
+        found = structures(self.bundle, layers, self.env, self.forbidden, self.options.objective == "bytes")
+        rungs = self._rungs(found if self.options.tries else {k: s for k, s in found.items() if not s}, norms)
         free = [r for r in rungs if not r.structure]
         for rung in free:
             self._attempt_types(rung, ())
@@ -627,7 +636,7 @@ class Search:
         layers = described(bundle, self.env.allow)
         kept = (*self.forbidden, *(RETRIEVAL if staged(layers) else ()))
         self.say("allocate", "measuring what fewer bits cost each table and layer")
-        offered = allocate.menu(bundle, self.env, skip=kept, seconds=max(0.0, (self.left() - self.reserve) / 2))
+        offered = allocate.menu(bundle, self.env, skip=kept, seconds=max(0.0, LISTING * (self.left() - self.reserve)))
         if offered is None or not offered.groups:
             return
         head = bundle.bytes - sum(t.nbytes for t in bundle.model.state.values())
@@ -855,7 +864,7 @@ def _timed(search: Search, proven: Sequence[Trial]) -> tuple[Trial | None, Bundl
 
     Where all miss it by now (a busy machine), the cheapest is kept and its trial says what it misses.
     """
-    bench = dataclasses.replace(search.bench, seconds=5 * search.options.timing_s)
+    bench = dataclasses.replace(search.bench, seconds=5 * search.timing)
     fallback: tuple[Trial, Bundle, Cost] | None = None
     for trial in proven:
         bundle = search.bundles[_key(trial.plan)]
