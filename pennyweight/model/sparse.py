@@ -231,10 +231,10 @@ def _joined(weights: Sequence[nn.Parameter]) -> Tensor:
     ends = [*itertools.accumulate(w.numel() for w in weights)]
     starts = [first.storage_offset() + end - w.numel() for w, end in zip(weights, ends, strict=True)]
     place = first.untyped_storage().data_ptr()
-    if all(w.is_contiguous() and w.storage_offset() == s for w, s in zip(weights, starts, strict=True)):
-        if starts[0] == 0 and all(w.untyped_storage().data_ptr() == place for w in weights):
-            return first.data.as_strided((n, first.shape[1]), (first.shape[1], 1))
-    rows = memory.huge(torch.empty(sum(len(w) for w in weights), weights[0].shape[1]))
+    behind = all(w.is_contiguous() and w.storage_offset() == s for w, s in zip(weights, starts, strict=True))
+    if behind and starts[0] == 0 and all(w.untyped_storage().data_ptr() == place for w in weights):
+        return first.data.as_strided((n, first.shape[1]), (first.shape[1], 1))
+    rows = memory.huge(torch.empty(n, first.shape[1]))
     at = 0
     for weight in weights:
         part = rows[at : at + len(weight)]
