@@ -42,6 +42,10 @@ RATIO, TABLES, MARGIN, MEMORY = 30.0, 50.0, 0.001, 1.5
 """Times smaller the model and its tables, the drop of AUC, and the peak of compressing as so many models."""
 
 
+WINDOW = 32 << 20
+"""Bytes of rows that are shuffled as one."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Extent:
     """How large the set and the model are."""
@@ -99,8 +103,8 @@ def env(split: Split, bundle: Bundle, seed: int) -> Env:
 
 
 def parts(folder: Path) -> Split:
-    """The generated rows of a folder, cut as they lie."""
-    return Dataset.open(folder / "rows").split("order")
+    """The generated rows of a folder, cut as they lie, and shuffled in windows that are small beside the model."""
+    return dataclasses.replace(Dataset.open(folder / "rows"), window=WINDOW).split("order")
 
 
 @functools.cache
@@ -120,7 +124,7 @@ def given(setting: Setting, seed: int) -> Given:
 def compress(folder: Path, seed: int) -> None:
     """The whole of it, as it runs in a process of its own: open the rows, load the model, compress it, write what came out."""
     own = folder / f"seed-{seed}"
-    bundle = load(own / "bundle")
+    bundle = load(own / "bundle", mapped=True)
     save(plan(*PLAN).apply(bundle, env(parts(folder), bundle, seed)), own / "made")
 
 
