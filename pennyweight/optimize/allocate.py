@@ -26,6 +26,8 @@ import torch
 from scipy.optimize import Bounds, LinearConstraint, milp
 from torch import Tensor, nn
 
+from pennyweight.compress.bands import DropFields
+from pennyweight.compress.observe import divergence
 from pennyweight.compress.quantize import QuantizeDense, QuantizeTables
 from pennyweight.compress.rewrite import chosen
 from pennyweight.compress.share import CodeTables
@@ -47,7 +49,7 @@ QUERIES = 256
 SMALL = 0.003
 """Share of the bytes below which layers of a kind are one group."""
 
-CODES: tuple[tuple[Literal[2, 4, 8], int], ...] = ((8, 1), (4, 1), (2, 1), (8, 2), (4, 2), (8, 4))
+CODES: tuple[tuple[Literal[2, 4, 8], int], ...] = ((8, 1), (4, 1), (2, 1), (8, 2), (4, 2), (8, 3), (8, 4))
 """Bits of a code, and numbers that it stands for."""
 
 Structure = tuple[Transform, ...]
@@ -185,6 +187,7 @@ def _options(layer: Layer, paths: tuple[str, ...], rows: bool) -> Iterator[Trans
             for bits, width in CODES:
                 if width < layer.dim:
                     yield CodeTables(bits, width, "fp16" if width == 1 else "int8", only=paths)
+        yield DropFields(None, only=paths)
         return
     for wide in ("fp16", "int8"):
         yield QuantizeDense(wide, only=paths)
@@ -259,32 +262,22 @@ class Judge:
         self.before = self._answers(module)
 
     def loss(self, bundle: Bundle) -> float:
-        """The mean divergence a row."""
-        return float(self._divergence(self._answers(bundle.model.build(self.env.allow))).clamp(min=0).mean())
+        """The mean divergence a row; 0 where nothing moved."""
+        before, after = self.before, self._answers(bundle.model.build(self.env.allow))
+        if self.items is not None:
+            spread = before.std(1, keepdim=True).clamp(min=1e-12)  # a cosine's range is not a dot product's
+            return max(0.0, divergence(before / spread, after / spread, "cross-entropy"))
+        return max(0.0, divergence(before, after, self.loss_name))
 
     def _answers(self, module: nn.Module) -> Tensor:
         said = []
         with torch.inference_mode():
             for batch in self.rows.batches(1024):
                 if self.items is None:
-                    said.append(call(module, batch, self.inputs).float())
+                    said.append(call(module, batch, self.inputs))
                     continue
-                scores = module.user_vectors(batch) @ module.item_vectors(self.items).T  # type: ignore[operator]
-                said.append(scores.float())
-        return torch.cat(said)
-
-    def _divergence(self, after: Tensor) -> Tensor:
-        """[rows] >= 0, zero where nothing moved."""
-        before, after = self.before.double(), after.double()  # a thousandth of a bit is below what fp32 can tell
-        if self.items is not None:
-            spread = before.std(1, keepdim=True).clamp(min=1e-12)  # a cosine's range is not a dot product's
-            before, after = before / spread, after / spread
-        elif before.dim() == 1 or before.shape[1] == 1:
-            if self.loss_name == "mse":
-                return (after - before).square().flatten()
-            before, after = (torch.stack([z.flatten(), torch.zeros(len(z))], 1) for z in (before, after))
-        p = before.log_softmax(1)
-        return (p.exp() * (p - after.log_softmax(1))).sum(1)
+                said.append(module.user_vectors(batch) @ module.item_vectors(self.items).T)  # type: ignore[operator]
+        return torch.cat(said).double()  # differences of a thousandth of a bit are below what fp32 can tell
 
 
 def _retrieves(module: nn.Module, loss: str) -> bool:

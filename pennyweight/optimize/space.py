@@ -16,6 +16,7 @@ from collections.abc import Mapping, Sequence
 from itertools import product
 from typing import Any
 
+from pennyweight.compress.bands import DropRows
 from pennyweight.compress.distill import Distill
 from pennyweight.compress.factor import FactorDense, stiff
 from pennyweight.compress.narrow import NarrowTables
@@ -52,6 +53,9 @@ GENTLE = 10
 NARROW = (0.5, 0.375, 0.25)
 """Shares of a row's numbers kept, where bytes alone are made small: levels of 4 bits then spend half a byte on each."""
 
+LARGE, DROPPED = 100_000, (0.25, 0.1, 0.05)
+"""Rows of a table from which most are seen so seldom that one can stand for them, and shares that are kept."""
+
 CODED = 64
 """Rows from which a table has levels of its own, at 4 bits, in place of a scale a row."""
 
@@ -64,8 +68,9 @@ def structures(
 ) -> dict[Levels, Structure]:
     """Structures worth a try by their levels (neurons, rows), layers of ``skip`` left alone; (0, 0) is the model as given.
 
-    Rows share codes, or with ``narrow`` have fewer numbers: those lose less, take a small product a lookup, and are coded after
-    training (on ML-1M, untrained: half the numbers .0003 AUC, half a byte each; 8 codes a row, as large, .0008).
+    Rows share codes. With ``narrow``, where bytes alone count, the least used rows of large tables are dropped instead, and
+    those of smaller ones have fewer numbers, each half a byte once coded after training (on ML-1M, untrained: half the numbers
+    lost .0003 AUC; 8 codes a row, which are as large, .0008).
     """
     prunes: list[Structure] = [()]
     module, given = bundle.model.build(env.allow), (bundle.model.spec.inputs, env.calib or env.train)
@@ -83,7 +88,10 @@ def structures(
             large = tuple(
                 p for p, la in layers.items() if isinstance(la, Table) and la.rows > 512 and not (apart and _retrieves(p))
             )
-            shares += [(NarrowTables(keep, only=large),) for keep in NARROW if usual >= 4]
+            if max(la.rows for la in layers.values() if isinstance(la, Table)) >= LARGE:
+                shares += [(DropRows(keep, skip=apart),) for keep in DROPPED]
+            else:
+                shares += [(NarrowTables(keep, only=large),) for keep in NARROW if usual >= 4]
         else:
             shares += [(ShareRows(parts=-(-usual // width), skip=apart),) for width in WIDTHS if usual > width]
     every = product(enumerate(prunes), enumerate(shares))
