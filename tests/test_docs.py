@@ -128,6 +128,16 @@ def test_changelog_has_the_version() -> None:
     assert f"## {pennyweight.__version__}" in (ROOT / "CHANGELOG.md").read_text()
 
 
+def test_examples_are_a_page_each() -> None:
+    """At most 60 lines, and the first ones say how to run it."""
+    made = sorted((ROOT / "examples").glob("*.py"))
+    assert {"credit.py", "digits.py", "images.py", "recommend.py", "text.py"} <= {p.name for p in made}
+    for path in made:
+        text = path.read_text()
+        assert len(text.splitlines()) <= 60, path.name
+        assert f"python examples/{path.name}" in (ast.get_docstring(ast.parse(text)) or ""), path.name
+
+
 def test_every_module_argues() -> None:
     """A module without a docstring has not said why it is there."""
     silent = [p for p in (ROOT / "pennyweight").rglob("*.py") if not ast.get_docstring(ast.parse(p.read_text()))]
