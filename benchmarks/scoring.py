@@ -428,7 +428,7 @@ def needed(shared: Shared, count: int) -> float:
 
 def limit(setting: Setting) -> list[Row]:
     """How near the dense part and the lookups come to what the machine gives."""
-    rows, sizes = 512, (416, 400, 400, 400, 1)
+    rows, sizes = 128 if setting.options.quick else 512, (416, 400, 400, 400, 1)
     columns = tuple(Column(f"c{k}", "user", "categorical", 200 if setting.options.quick else 20_000) for k in range(26))
     plain = net(columns, 16, (400, 400, 400))
     small = int8(plain)
@@ -442,9 +442,8 @@ def limit(setting: Setting) -> list[Row]:
         lookup = parts.graph.get_submodule("rows_0")
         with torch.inference_mode():
             vectors = lookup(ids)
-            dense = [
-                m for n, m in parts.graph.named_modules() if type(m).__name__ in ("Dense", "Rounded") or n.endswith("mlp.6")
-            ]
+            called = [str(n.target) for n in parts.graph.graph.nodes if n.op == "call_module" and n.target != "rows_0"]
+            dense = [parts.graph.get_submodule(name) for name in called]
 
             def stack(dense: Sequence[nn.Module] = dense, vectors: Tensor = vectors) -> Tensor:
                 x = vectors
@@ -481,15 +480,13 @@ def pruned(setting: Setting, rows: int) -> list[Row]:
             f"no model in {folder}/bundle; make one with: python -m benchmarks.compress --only baseline/frappe --cache ..."
         )
     whole = load(folder / "bundle")
-    found = setting.bundle or next(iter(sorted(folder.glob("**/chosen"), key=lambda p: p.stat().st_mtime, reverse=True)), None)
+    found = setting.bundle or min(folder.glob("standard*/**/chosen"), key=_weight, default=None)
     if found is None:
         smaller = plan(FoldNorms(), PruneNeurons(0.3), QuantizeTables("int8"), QuantizeDense("int8")).apply(whole, Env())
         source = "30 % of the neurons and int8, by plan, NOT recovered or proven: the compression benchmark left no bundle"
     else:
-        smaller, source = (
-            load(found),
-            f"{found.parent.name}/{found.name}: {len(load(found).plan)} transforms, proven at .001 there",
-        )
+        smaller = load(found)
+        source = f"{found.parent.name}/{found.name} of the compression benchmark, {len(smaller.plan)} transforms"
     columns = tuple(_column(c) for c in whole.model.spec.args["columns"] if c["role"] in ("user", "item", "context"))
     names, ids = tuple(c.name for c in columns), drawn(columns, rows, 2)
     chosen = tuned(setting, smaller, apart(columns, drawn(columns, max(rows, 8), 3)), (rows,))
@@ -502,6 +499,10 @@ def pruned(setting: Setting, rows: int) -> list[Row]:
         took = times(turns, setting.rounds)
     note = f"{source}; {whole.bytes / smaller.bytes:.1f} times smaller; {chosen.runtime.engine}"
     return compared(f"pruned/{rows}", took, {1: 4.0, 256: 10.0, 4096: 15.0}[rows], None, note, "int8")
+
+
+def _weight(folder: Path) -> int:
+    return (folder / "weights.safetensors").stat().st_size
 
 
 def _column(stored: Mapping[str, Any]) -> Column:

@@ -259,7 +259,8 @@ def _closed(batch: Batch) -> Tensor:
 
 
 def _array(output: Tensor) -> Floats:
-    array: Floats = output.float().cpu().numpy()
+    ready = output.dtype is torch.float32 and output.device.type == "cpu"
+    array: Floats = output.numpy() if ready else output.float().cpu().numpy()
     return array
 
 
