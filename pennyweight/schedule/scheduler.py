@@ -236,10 +236,6 @@ class Scheduler:
         """The devices there are, and what the cheapest variants cost on them, for predictions over all workers."""
         self._devices = list(dict.fromkeys(worker.device for worker in self.workers.values()))
 
-    def cost(self, variant: int, device: str) -> Cost:
-        """What a variant is known to take on a device."""
-        return self._costs[variant][device]
-
     # -- requests ------------------------------------------------------------------------------------------------------------
 
     def offer(
@@ -359,7 +355,7 @@ class Scheduler:
 
     def _try(self, now: float) -> bool:
         """Whether to let one in against the prediction, to see whether it is true: a curve nobody tests stays wrong."""
-        if self.inside or now - self._tried < RETRY_S:
+        if self.inside or not self._idle or now - self._tried < RETRY_S:
             return False
         self._tried = now
         return True
@@ -413,14 +409,15 @@ class Scheduler:
         Batches of one length on workers that become free one after the other: the next one starts on the worker whose turn
         it is. Where the workers' times lie further apart than a batch is long, work is taken as a fluid instead.
         """
-        cost, workers = self._cheapest(variant), len(self.workers)
+        cost = self._cheapest(variant)
+        free = [0.0 if w.batch is None else abs(w.until - now) for w in self.workers.values() if not w.paused]
+        workers = len(free)
         if not workers:
-            return math.inf, 0.0
+            return RETRY_S, 0.0  # one is on its way, or nobody will ever be answered
         joined = self._joined(cost, variant)
         ahead, with_it = divmod(count, joined)
         each = load / count if count else 0.0
         long = cost.m * (cost.a + each * joined)
-        free = [0.0 if w.batch is None else abs(w.until - now) for w in self.workers.values()]
         if workers > 1:
             free.sort()
         rounds, turn = divmod(ahead, workers)
@@ -452,7 +449,7 @@ class Scheduler:
     def _pressure(self, now: float, span: float) -> list[float]:
         """For each variant: what runs and waits would take by it, over the time there is."""
         busy, size, items = self._busy(now), self.queue.size, self.queue.items
-        share = 1 / (max(1, len(self.workers)) * span)
+        share = 1 / (max(1, sum(not worker.paused for worker in self.workers.values())) * span)
         found = []
         for variant in range(len(self.variants)):
             cost = self._cheapest(variant)
@@ -511,9 +508,9 @@ class Scheduler:
         """
         variant = self._floor[ticket.degrade]
         joined = self._joined(cost, variant)
-        if joined == 1 or self.queue.size <= joined or ticket.deaths:
-            return False
         each = sum(self.queue.loads) / self.queue.size
+        if joined == 1 or self.queue.size <= joined or each <= 0 or ticket.expires > ticket.deadline:
+            return False
         full = cost.a + each * joined
         left = (ticket.deadline - now) / cost.m
         if left >= full:
@@ -646,20 +643,22 @@ class Scheduler:
         self._free(batch)
         self._note(batch, took)
         answered: list[Ticket] = []
+        share = 1000 * took / max(1, batch.items)
         for piece in batch.pieces:
             piece.running -= 1
             if piece.state != "running":
                 continue  # its hedge was faster, or its client has left
             piece.state = "done"
             ticket = piece.ticket
+            bucket = self._buckets.get(ticket.tenant)
+            if bucket is not None:  # what it took, in place of what was predicted
+                bucket.spend(share * piece.items - ticket.charged * piece.items / max(1, ticket.items))
             ticket.level = ticket.variant = batch.variant
             if len(ticket.pieces) == 1 or ticket.answered:
                 answered.append(ticket)
                 self.inside -= 1
                 promised = batch.start + batch.expected - ticket.arrived
                 self.guard.answered(promised, now - ticket.arrived, self.inside)
-        if self._buckets and took > 0:
-            self._correct(batch, took)
         return answered
 
     def failed(self, batch: Batch) -> list[Ticket]:
@@ -697,14 +696,6 @@ class Scheduler:
         for cost, requests, items, took in self._lessons:
             cost.learn(requests, items, took)
         self._lessons.clear()
-
-    def _correct(self, batch: Batch, took: float) -> None:
-        """Charge tenants what their requests took in place of what was predicted."""
-        share = 1000 * took / max(1, batch.items)
-        for piece in batch.pieces:
-            bucket = self._buckets.get(piece.ticket.tenant)
-            if bucket is not None:
-                bucket.spend(share * piece.items - piece.ticket.charged * piece.items / max(1, piece.ticket.items))
 
 
 NOTHING = Cost(None)

@@ -150,6 +150,32 @@ def test_no_more_pieces_than_workers_nobody_else_waits_for() -> None:
     assert started == {"large": 1, "other": 1, "another": 1}
 
 
+def test_one_whose_little_time_is_for_a_small_batch_is_given_up_where_whole_batches_wait() -> None:
+    """Else each next batch is small for the sake of its head, and all are about to expire."""
+    slow = Variant("slow", costs={"cpu": Curve(40.0, 2.0, 0.0, **SURE)})
+    world = World(Policy(batch=16, deadline_ms=200.0, variants=(slow,)))
+    first = world.offer("runs")
+    (batch,) = world.start()
+    nearly = world.offer("has little time", deadline_s=0.1)
+    for k in range(17):
+        if k == 10:
+            world.now += 0.040
+        world.offer(k)
+    world.now += 0.015  # 45 ms are left, which is time for two
+    assert world.done(batch) == ["runs"] and first.answered
+    (batch,) = world.start()
+    assert world.scheduler.late() == [nearly] and values(batch) == list(range(16))
+    alone = World(Policy(batch=16, deadline_ms=200.0, variants=(slow,)))
+    alone.offer("runs")
+    (batch,) = alone.start()
+    alone.offer("has little time", deadline_s=0.1)
+    alone.offer("another")
+    alone.now += 0.055
+    alone.done(batch)
+    (batch,) = alone.start()
+    assert values(batch) == ["has little time", "another"] and alone.scheduler.late() == []
+
+
 # -- admission -----------------------------------------------------------------------------------------------------------
 
 
@@ -379,6 +405,20 @@ def test_a_paused_worker_gets_nothing_new() -> None:
     assert world.start() == []
     world.scheduler.resume("w0")
     assert [b.worker.name for b in world.start()] == ["w0"]
+
+
+def test_without_workers_requests_are_refused_with_a_time_to_come_back() -> None:
+    world = World(ONE)
+    world.scheduler.pause("w0")
+    with pytest.raises(Overloaded) as refused:
+        world.offer()
+    assert 0 < refused.value.retry_after <= 1
+    world.scheduler.died("w0")
+    with pytest.raises(Overloaded):
+        world.offer()
+    world.scheduler.join("w1")
+    world.offer("a")
+    assert [values(b) for b in world.start()] == [["a"]]
 
 
 def test_an_error_fails_its_own_batch_and_no_other() -> None:
