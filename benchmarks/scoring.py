@@ -482,7 +482,9 @@ def pruned(setting: Setting, rows: int) -> list[Row]:
     whole = load(folder / "bundle")
     found = setting.bundle or min(folder.glob("standard*/**/chosen"), key=_weight, default=None)
     if found is None:
-        smaller = plan(FoldNorms(), PruneNeurons(0.3), QuantizeTables("int8"), QuantizeDense("int8")).apply(whole, Env())
+        smaller = plan(FoldNorms(), PruneNeurons(0.3, score="weight"), QuantizeTables("int8"), QuantizeDense("int8")).apply(
+            whole, Env()
+        )
         source = "30 % of the neurons and int8, by plan, NOT recovered or proven: the compression benchmark left no bundle"
     else:
         smaller = load(found)
