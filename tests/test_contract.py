@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 import pennyweight
+from pennyweight.accelerate.cache import KeepHot
 from pennyweight.accelerate.compile import export
 from pennyweight.accelerate.index import SetIndex
 from pennyweight.accelerate.tune import SetRuntime
@@ -90,6 +91,7 @@ CASES = (
     Case(QuantizeOnnx("int4")),
     Case(Place()),
     Case(SetRuntime(engine="eager", threads=1, batch=256)),
+    Case(KeepHot(1 << 20)),
     Case(SetIndex(Index("ivf", "int8", lists=64, probes=8, recall=0.99, k=100))),
     Case(SetPolicy(batch=4, wait_ms=1.0, deadline_ms=100.0)),
 )

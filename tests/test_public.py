@@ -20,9 +20,9 @@ IMPORTED = """
     Budget Bundle Column Dataset Env Model Plan Recipe Result Schema Spec Transform Trial fit load optimize plan save spec_of
 """
 TRANSFORMS = (
-    "code-tables distill drop-fields drop-rows factor-dense fold-norms index narrow-tables place prune-neurons quantize-dense "
-    "quantize-onnx quantize-tables queue rotate-tables run share-rows split-rows substitute-tables subtract-centres "
-    "train-rounded"
+    "cache code-tables distill drop-fields drop-rows factor-dense fold-norms index narrow-tables place prune-neurons "
+    "quantize-dense quantize-onnx quantize-tables queue rotate-tables run share-rows split-rows substitute-tables "
+    "subtract-centres train-rounded"
 )
 LAYERS = "bands clustered conv dense hashed hot-rows identity low-rank narrow norm quotient residual robe table tensor-train"
 COMMANDS = "apply bench compress demo doctor export inspect optimize report serve simulate train tune"

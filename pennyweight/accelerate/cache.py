@@ -16,19 +16,45 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
+from pennyweight.core.config import named
 from pennyweight.core.errors import ConfigError
+from pennyweight.model.bundle import Bundle
 from pennyweight.model.spec import replace
 from pennyweight.model.tables import HalfTable, Lookup, RowwiseTable, joined
+from pennyweight.model.transform import Env, Transform
 
 WINDOW = 1 << 14
 """Lookups between changes of the set; the first comes after a sixteenth of it."""
 OWN = 8 + 2 * (8 + 4)
 """Bytes a hot row costs beside its numbers: its id, and ids and counts of the two rows ranked for it."""
+
+
+@named("cache")
+@dataclasses.dataclass(frozen=True)
+class KeepHot(Transform):
+    """Keep the most frequent rows of tables that live on a slower level on the fast one, within so many bytes."""
+
+    bytes: int = 64 << 20
+
+    family: ClassVar[Literal["accelerate"]] = "accelerate"
+    stage: ClassVar[Literal["runtime"]] = "runtime"
+
+    def __post_init__(self) -> None:
+        if self.bytes < 0:
+            raise ConfigError(f"cache.bytes is {self.bytes}; give the bytes of fast memory for hot rows, or 0 for none")
+
+    def change(self, bundle: Bundle, env: Env) -> Bundle:
+        """The bundle with this room in its runtime; which tables it is for, the placement says."""
+        return bundle.replace(runtime=dataclasses.replace(bundle.runtime, hot_bytes=self.bytes))
+
+    def describe(self) -> str:
+        """One plain sentence."""
+        return f"keep {self.bytes:,} bytes of hot rows near the compute"
 
 
 class HotTable(nn.Module):

@@ -96,7 +96,8 @@ class SetRuntime(Transform):
     def change(self, bundle: Bundle, env: Env) -> Bundle:
         """The bundle with this runtime; whether the engine is installed is found by the Runner, on the machine that serves."""
         runtime = Runtime(self.engine, self.threads, self.batch, self.shared, self.buckets, bundle.runtime.index)
-        return bundle.replace(runtime=dataclasses.replace(runtime, precision=self.precision, machine=self.machine))
+        kept = {"precision": self.precision, "machine": self.machine, "hot_bytes": bundle.runtime.hot_bytes}
+        return bundle.replace(runtime=dataclasses.replace(runtime, **kept))
 
     def describe(self) -> str:
         """One plain sentence."""

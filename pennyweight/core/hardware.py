@@ -205,7 +205,8 @@ OPTIONAL: tuple[tuple[str, tuple[str, ...], str, str], ...] = (
     ("tensorflow", ("tf2onnx",), "TensorFlow SavedModels, read through ONNX", "pip install tensorflow-cpu tf2onnx"),
     ("faiss", ("faiss-cpu",), "candidates out of millions of items, 10x faster than exactly", "pip install faiss-cpu"),
     ("torchao", ("torchao",), "quantized dense layers on a GPU", "pip install torchao"),
-    ("openvino", ("openvino",), "export to OpenVINO, and a peer to compare int8 with", "pip install openvino"),
+    ("openvino", ("openvino",), "the openvino engine, often the fastest for int8 layers, and exports", "pip install openvino"),
+    ("triton", ("triton",), "packed tables looked up by one kernel on a GPU", "comes with PyTorch's CUDA builds"),
     ("valkey", ("valkey",), "events shared by several services, in Valkey or Redis", "pip install valkey"),
 )  # fmt: skip
 

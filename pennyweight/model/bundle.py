@@ -313,16 +313,18 @@ def swap(new: Path, target: Path) -> None:
         shutil.rmtree(aside, ignore_errors=True)
 
 
-def load(path: str | os.PathLike[str], *, mapped: bool = False) -> Bundle:
+def load(path: str | os.PathLike[str], *, mapped: bool | None = None) -> Bundle:
     """Read a bundle; its factory is checked when the module is built, not here.
 
-    With ``mapped`` the weights stay on disk and are mapped: what is used comes into memory, a model larger than it serves.
+    With ``mapped`` the weights stay on disk and are mapped: what is used comes into memory, so a model larger than it serves.
+    Where nothing is said, they are mapped if the placement keeps a table on disk.
 
     Raises:
         BundleError: no bundle there, a file missing, truncated or changed, or written by another format.
     """
     root = Path(path)
     manifest = _manifest(root)
+    mapped = "disk" in str(manifest.get("placement")) if mapped is None else mapped
     whole = {name: want for name, want in manifest["files"].items() if not (mapped and name == WEIGHTS)}
     contents = {name: _checked(root, name, want) for name, want in whole.items()}
     try:

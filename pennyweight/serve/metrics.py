@@ -35,6 +35,12 @@ class Metrics:
         )
         Gauge("pennyweight_queue_requests", "Requests waiting for the model.", registry=self.registry).set_function(waiting)
 
+    def hot_rows(self, rate: Callable[[], float]) -> None:
+        """Report how often a hot row answered a lookup."""
+        Gauge(
+            "pennyweight_hot_rows_hit_ratio", "Lookups answered by rows near the compute.", registry=self.registry
+        ).set_function(rate)
+
     def answered(self, path: str, status: int, seconds: float) -> None:
         """Count one answer."""
         self._requests.labels(path, str(status)).inc()

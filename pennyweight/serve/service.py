@@ -20,6 +20,7 @@ import numpy as np
 from torch import Tensor
 
 import pennyweight
+from pennyweight.accelerate.cache import hit_rate
 from pennyweight.core.errors import DataError, RequestError, TooLarge
 from pennyweight.data.catalog import Value
 from pennyweight.data.events import Event
@@ -59,6 +60,8 @@ class Service:
         items = self.catalog.vocabulary(self.catalog.schema.item.name)
         self.store = Store(opened(log), items, history.length if history else HISTORY)
         self.metrics = Metrics(lambda: len(self.batcher.queue))
+        if self.worker.runner.hot:
+            self.metrics.hot_rows(lambda: hit_rate(self.worker.runner.hot))
         self.batcher: Batcher[Query, Ranked] = Batcher(
             self.policy, self.worker.answer, self._model_thread, observe=self.metrics.batch
         )

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from pennyweight.accelerate.cache import OWN, HotTable, cacheable, hit_rate
+from pennyweight.accelerate.cache import OWN, HotTable, KeepHot, cacheable, hit_rate
 from pennyweight.accelerate.runner import Runner
 from pennyweight.core.errors import BundleError, ConfigError
 from pennyweight.core.measure import peak_memory
@@ -96,6 +96,12 @@ def test_a_ranking_is_hot_from_the_first_lookup() -> None:
     hot.rank(torch.arange(ROWS).flip(0))
     hot(torch.tensor([ROWS - 1, 0]))
     assert hot.hits == 1
+
+
+def test_it_is_a_transform() -> None:
+    assert KeepHot(1000).describe() == "keep 1,000 bytes of hot rows near the compute"
+    with pytest.raises(ConfigError, match="-1"):
+        KeepHot(-1)
 
 
 def test_only_tables_with_rows() -> None:
