@@ -156,22 +156,22 @@ def tenants(options: Options) -> Row:
 
 def decision(options: Options) -> Sequence[Row]:
     """Time of one decision with 1,000 requests queued: letting one in, or choosing what a worker does next."""
-    policy = dataclasses.replace(
-        CPU,
-        deadline_ms=600_000.0,
-        classes=(Priority("page"), Priority("feed"), Priority("mail")),
-        tenants=(Tenant("*", quota=1e9),),
-    )
-    rounds, tails, rates = 500 if options.quick else 20_000, [], []
-    for s in seeds(options):
-        times = np.array(decisions(policy, 8, 1000, rounds, s))
-        tails.append(float(1e6 * np.percentile(times, 99)))
-        rates.append(len(times) / times.sum())
-    note = "pure computation: 8 workers, 3 variants, 3 classes, quotas; `offer` and `dispatch`, learning apart"
-    return (
-        spread("decision", "p99_us", tails, note, 50.0, most=True),
-        spread("decision", "per_second", rates, "pure computation: the same decisions, one process", 20_000.0),
-    )
+    classes, tenants = (Priority("page"), Priority("feed"), Priority("mail")), (Tenant("*", quota=1e9),)
+    rounds, rows = 500 if options.quick else 20_000, []
+    for id, policy, what in (
+        ("decision", CPU, "3 variants, nothing joined"),
+        ("decision/joined", DEVICE, "16 joined in a forward"),
+    ):
+        tails, rates = [], []
+        for s in seeds(options):
+            busy = dataclasses.replace(policy, deadline_ms=6e6, classes=classes, tenants=tenants)
+            times = np.array(decisions(busy, 8, 1000, rounds, s))
+            tails.append(float(1e6 * np.percentile(times, 99)))
+            rates.append(len(times) / times.sum())
+        note = f"pure computation: 8 workers, 3 classes, quotas, {what}; `offer` and `dispatch` each, learning apart"
+        rows.append(spread(id, "p99_us", tails, note, 50.0, most=True))
+        rows.append(spread(id, "per_second", rates, "pure computation: the same decisions in one process", 20_000.0))
+    return rows
 
 
 def decisions(policy: Policy, workers: int, queued: int, rounds: int, seed: int) -> list[float]:
@@ -181,6 +181,8 @@ def decisions(policy: Policy, workers: int, queued: int, rounds: int, seed: int)
     for k in range(workers):
         scheduler.join(str(k))
     names, times, running = [c.name for c in policy.classes], list[float](), list[Batch]()
+    for _ in range(queued):
+        scheduler.offer(None, draw.randint(1, 500), priority=draw.choice(names), tenant="t")
     while len(times) < rounds:
         while len(scheduler.queue) < queued:
             items, name = draw.randint(1, 500), draw.choice(names)
