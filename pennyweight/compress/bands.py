@@ -279,7 +279,7 @@ def _ranked(used: Mapping[str, Tensor], found: Found, shares: Sequence[float]) -
             use[table.padding] = -1
         each.append(use)
         sizes.append(torch.full((len(use),), table.dim, dtype=torch.int32))
-    # Millions of rows are in these: 17 bytes each at the most, by an order that is found in place.
+    # There are millions of rows, and what ranks them should take less memory than they do.
     order = torch.from_numpy(np.argsort(torch.cat(each).neg_().numpy(), kind="stable"))
     del each
     reached = torch.cat(sizes)[order].cumsum(0)
@@ -305,7 +305,8 @@ def _dropped(path: str, table: Table, rows: Tensor, gone: Tensor, counts: Tensor
         return {}
     if table.padding is not None:
         counts = counts.index_fill(0, torch.tensor([table.padding]), 0.0)
-    one = _constant(Table(lost, table.dim), rows[gone], counts[gone])
+    cold = torch.where(gone, counts, 0.0)
+    one = _constant(Table(lost, table.dim), rows, cold if cold.any() else gone.float())
     layer = Bands(**like(table), sizes=(table.rows - lost, lost))
     state = {**layer.coded(gone.to(torch.uint8)), "band0.weight": rows[~gone]}
     if sum(t.nbytes for t in state.values()) + one[0].bytes() >= table.bytes():

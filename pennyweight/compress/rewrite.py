@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import fnmatch
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TypeVar
 
@@ -106,10 +107,11 @@ def finite(path: str, weight: Tensor, data_type: str = "fp32") -> Tensor:
     Raises:
         PlanError: some are NaN or infinite, or too large for a format that rests on fp16.
     """
-    wrong = int((~torch.isfinite(weight)).sum())
-    if wrong:
+    low, high = map(float, torch.aminmax(weight)) if weight.numel() else (0.0, 0.0)  # neither copies a table, and NaN is both
+    if not (math.isfinite(low) and math.isfinite(high)):
+        wrong = int((~torch.isfinite(weight)).sum())
         raise PlanError(f"layer {path} holds {wrong} NaN or infinite weights of {weight.numel()}; train the model again")
-    most, largest = torch.finfo(torch.float16).max, float(weight.abs().max()) if weight.numel() else 0.0
+    most, largest = torch.finfo(torch.float16).max, max(-low, high)
     if data_type in ("fp16", "int4", "int2") and largest > most:
         raise PlanError(f"layer {path} holds {largest:.3g}, and {data_type} ends at {most:.0f}; use int8 or skip={path!r}")
     return weight

@@ -79,6 +79,7 @@ def _tally(data: Dataset, column: str, rows: int) -> Tensor:
     ids, found = data.column(column).reshape(-1), np.zeros(rows, np.int64)
     for at in range(0, len(ids), _CHUNK):
         found += np.bincount(ids[at : at + _CHUNK], minlength=rows)
+        data.release()
     return torch.from_numpy(found).float()
 
 

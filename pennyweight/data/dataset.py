@@ -262,7 +262,7 @@ class Dataset:
             rows = rows[rows < len(self)]
             yield np.random.default_rng((seed, at)).permutation(rows) if shuffle else rows
             if len(blocks) > together:
-                self._release()
+                self.release()
 
     def _gather(self, name: str, rows: npt.NDArray[np.int64]) -> Array:
         return self.columns[name].take(self._at(rows), axis=0)
@@ -271,9 +271,9 @@ class Dataset:
         """All row numbers in order, some blocks at a time; the pages of past ones are given back."""
         for at in range(0, len(self), BLOCK * 16):
             yield np.arange(at, min(at + BLOCK * 16, len(self)))
-            self._release()
+            self.release()
 
-    def _release(self) -> None:
+    def release(self) -> None:
         """Give mapped pages back: they stay in the system's cache and no longer count as this process's memory."""
         if self.mapped is not None:
             self.mapped.madvise(mmap.MADV_DONTNEED)
