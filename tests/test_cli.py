@@ -9,14 +9,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from safetensors.torch import load_file
 
 from pennyweight import job
-from pennyweight.core.config import dumps, encode
+from pennyweight.core.config import dumps, encode, loads
 from pennyweight.core.curve import Curve
 from pennyweight.core.errors import DataError
 from pennyweight.data.synthetic import Clicks
 from pennyweight.model.bundle import Policy, Variant, load, save
+from pennyweight.model.pace import Pace
 from pennyweight.model.spec import Model
 from pennyweight.model.train import Recipe
 
@@ -158,6 +160,8 @@ def test_apply_says_what_a_transform_lacks(folder: Path, tmp_path: Path) -> None
         (("train", "sample", "--hidden", "wide"), "--hidden 'wide' is not a list of whole numbers"),
         (("train", "sample", "--split", "sideways"), "'sideways' is not one of"),
         (("train", "sample", "--lr", "0"), "lr is 0.0"),
+        (("train", "sample", "--batch", "many"), "--batch is 'many'; give a number of rows, or auto"),
+        (("train", "sample", "--tables", "sparse"), "'sparse' is not one of"),
         (("train", "sample", "--model", "os.path:join"), "is not allowed, and importing it runs its code"),
         (("train", "frappe-x1:nowhere"), "nowhere"),
         (("optimize", "nowhere"), "no run (no run.json)"),
@@ -288,6 +292,14 @@ def test_a_damaged_run_is_told(folder: Path, tmp_path: Path) -> None:
     assert done.returncode == 2 and "recipe.lr" in done.stderr
     with pytest.raises(DataError, match="no run"):
         job.open_run(tmp_path)
+
+
+def test_a_searched_batch_is_kept_with_the_run(tmp_path: Path) -> None:
+    data, threads = Clicks(sizes=(300, 400), seed=3).dataset(20_000), torch.get_num_threads()
+    run = job.train(data, "dnn", {"dim": 8, "hidden": [16]}, Recipe(batch=7, epochs=1), tmp_path, split="random", paced=True)
+    torch.set_num_threads(threads)
+    found = loads(Pace, (tmp_path / "pace.json").read_bytes(), "pace")
+    assert run.recipe.batch == found.best.batch == 256 and found.best in found.points
 
 
 def test_training_stopped_goes_on_where_it_was(tmp_path: Path) -> None:
