@@ -258,10 +258,11 @@ def dense(model: str, dataset: str, setting: Setting) -> list[Row]:
         fits = {k: race.trained(k, label) for k in told}
     rows = _speedups(id, systems, rounds, best, race.versions, 1.6, (0, 1), _paces(paces, race))
     shares = [[r[k] / statistics.median(x[k]["rows_per_s"] for x in limits) for r in rounds] for k in (0, 1)]
-    rates = {n: statistics.median(x[0][n] for x in limits) / 1e9 for n in ("fp32", "bf16")}
+    rates = {n: statistics.median(x[0][n] for x in limits) / 1e9 for n in ("fp32", "bf16", "onednn")}
     note = (
         f"fp32 against fp32 products at {rates['fp32']:.0f} GF/s ({limits[0][0]['flops'] / 1e6:.2f} MFLOP a row); bf16 reaches "
-        f"{statistics.median(shares[1]):.2f} of its own {rates['bf16']:.0f} GF/s, since what is beside the products stays fp32"
+        f"{statistics.median(shares[1]):.2f} of its own {rates['bf16']:.0f} GF/s, since what is beside the products stays fp32; "
+        f"oneDNN's fp32 products, which PyTorch does not use here, run at {rates['onednn']:.0f} GF/s"
     )
     rows.append(_row(id, "share_of_limit", shares[0], 0.7, note))
     peer = fits.get(best) if best is not None else None

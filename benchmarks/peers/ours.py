@@ -32,6 +32,16 @@ def rate(rows: int, outputs: int, inputs: int, kind: torch.dtype, times: int = 1
     return 6 * rows * outputs * inputs / statistics.median(took[2:])
 
 
+def onednn(rows: int, outputs: int, inputs: int, times: int = 12) -> float:
+    """Operations a second of one fp32 product by oneDNN, which PyTorch leaves to MKL."""
+    x, w, took = torch.randn(rows, inputs), torch.randn(outputs, inputs), []
+    for _ in range(times):
+        began = time.perf_counter()
+        torch.ops.mkldnn._linear_pointwise(x, w, None, "none", [], "")
+        took.append(time.perf_counter() - began)
+    return 2 * rows * outputs * inputs / statistics.median(took[2:])
+
+
 def module(task: Task, columns: tuple[Column, ...]) -> nn.Module:
     """The model of a task."""
     if task.model == "deepfm":
@@ -82,6 +92,7 @@ class Ours(Loop):
         wide = max(layers, key=lambda m: m.weight.numel())
         rates = {name: rate(self.task.batch, *wide.weight.shape, kind) for name, kind in KINDS.items()}
         each = sum(6 * m.weight.numel() for m in layers)
+        rates["onednn"] = onednn(self.task.batch, *wide.weight.shape)
         return {"flops": each, **rates, "rows_per_s": rates[self.task.precision] / each}
 
     def fit(self) -> dict[str, Any]:
