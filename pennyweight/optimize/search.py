@@ -36,7 +36,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from pennyweight.accelerate.tune import Engine, tune
+from pennyweight.accelerate.tune import tune
 from pennyweight.compress.onnx import types as graph_types
 from pennyweight.compress.prune import FoldNorms, foldable
 from pennyweight.compress.rewrite import Untouched, untouched
@@ -45,7 +45,7 @@ from pennyweight.core.budget import Budget, size
 from pennyweight.core.config import decode, dumps, encode, write
 from pennyweight.core.errors import ConfigError, DataError, DeviceError, Infeasible, NotWorthIt, PlanError
 from pennyweight.data.dataset import Dataset
-from pennyweight.model.bundle import Bundle, Runtime, load, save
+from pennyweight.model.bundle import Bundle, Engine, Runtime, load, save
 from pennyweight.model.losses import ROWS
 from pennyweight.model.metrics import ranking
 from pennyweight.model.spec import Model, seeded
