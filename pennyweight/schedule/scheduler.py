@@ -28,7 +28,7 @@ from collections.abc import Callable
 from typing import Any
 
 from pennyweight.core.curve import Curve, Learned
-from pennyweight.core.errors import NotFound, Overloaded, RequestError
+from pennyweight.core.errors import ConfigError, NotFound, Overloaded, RequestError
 from pennyweight.model.bundle import Policy, Priority, Tenant, Variant
 from pennyweight.schedule.adapt import Ladder
 from pennyweight.schedule.admit import Bucket, Guard
@@ -117,17 +117,18 @@ class Worker:
 class Batch:
     """Pieces scored in one forward."""
 
-    __slots__ = ("again", "expected", "items", "pieces", "start", "variant", "worker")
+    __slots__ = ("again", "cost", "expected", "items", "pieces", "start", "variant", "worker")
 
-    def __init__(self, worker: Worker, pieces: list[Piece], variant: int, start: float, expected: float, again: bool) -> None:
+    def __init__(self, worker: Worker, pieces: list[Piece], variant: int, cost: Cost, start: float, again: bool) -> None:
         self.worker = worker
         self.pieces = pieces
         self.variant = variant
         """Place in the policy's variants."""
+        self.cost = cost
         self.start = start
-        self.expected = expected
-        """Seconds predicted."""
         self.items = sum(piece.items for piece in pieces)
+        self.expected = (cost.a + cost.r * len(pieces) + cost.b * self.items) * worker.speed
+        """Seconds predicted."""
         self.again = again
         """Whether this is the second copy of another batch, or has one."""
 
@@ -147,11 +148,9 @@ class Scheduler:
     """
 
     def __init__(self, policy: Policy, clock: Callable[[], float] = time.monotonic, knobs: Knobs = USUAL) -> None:
-        self.policy = policy
         self.clock = clock
         self.knobs = knobs
         self.classes = policy.classes or (Priority("", share=0.9),)
-        self.variants = policy.variants or (Variant("", batch=policy.batch),)
         spans = [(c.deadline_ms or policy.deadline_ms) / 1000 for c in self.classes]
         self._spans = spans
         self._ranks = {c.name: rank for rank, c in enumerate(self.classes)}
@@ -165,11 +164,7 @@ class Scheduler:
         """Seconds of work done a second time."""
         self.worked = 0.0
         """Seconds of work in all."""
-        self._costs: list[dict[str, Cost]] = [{} for _ in self.variants]
-        self._limits = [variant.batch or policy.batch for variant in self.variants]
-        self._within = [variant.within for variant in self.variants]
-        self._floor = (max(i for i, ok in enumerate(self._within) if ok), len(self.variants) - 1)
-        self._ladder = Ladder(len(self.variants), limit=knobs.pressure, room=knobs.room, patience=knobs.patience * spans[0])
+        self._follow(policy)
         self._quotas = {tenant.name: tenant for tenant in policy.tenants}
         self._buckets: dict[str, Bucket] = {}
         self._idle: list[Worker] = []
@@ -177,6 +172,35 @@ class Scheduler:
         self._hopeless: list[Ticket] = []
         self._lessons: list[tuple[Cost, int, int, float]] = []
         self._devices: list[str] = []
+
+    def _follow(self, policy: Policy) -> None:
+        self.policy = policy
+        self.variants = policy.variants or (Variant("", batch=policy.batch),)
+        devices = {worker.device for worker in self.workers.values()}
+        self._costs = [{device: Cost(v.costs.get(device)) for device in devices} for v in self.variants]
+        self._limits = [variant.batch or policy.batch for variant in self.variants]
+        self._within = [variant.within for variant in self.variants]
+        self._floor = (max(i for i, ok in enumerate(self._within) if ok), len(self.variants) - 1)
+        knobs = self.knobs
+        patience = knobs.patience * self._spans[0]
+        self._ladder = Ladder(len(self.variants), limit=knobs.pressure, room=knobs.room, patience=patience)
+
+    def adopt(self, policy: Policy) -> None:
+        """Follow another bundle's variants from now on: what waits stays, what runs ends as it was started.
+
+        Raises:
+            ConfigError: its classes or tenants are others; those are changed by a new start.
+        """
+        if (policy.classes, policy.tenants) != (self.policy.classes, self.policy.tenants):
+            raise ConfigError(
+                "the other bundle's policy has other classes or tenants; give it the same, or start the service anew"
+            )
+        self.learn()
+        self._follow(policy)
+        for piece in self.queue:
+            ticket = piece.ticket
+            if ticket.variant is not None:  # a part of it was scored before: the same place, as near as there is
+                ticket.variant = min(ticket.variant, self._floor[ticket.degrade])
 
     # -- workers -------------------------------------------------------------------------------------------------------------
 
@@ -599,9 +623,7 @@ class Scheduler:
         return made
 
     def _start(self, worker: Worker, pieces: list[Piece], variant: int, now: float, again: bool = False) -> Batch:
-        cost = self._costs[variant][worker.device]
-        batch = Batch(worker, pieces, variant, now, 0.0, again)
-        batch.expected = (cost.a + cost.r * len(pieces) + cost.b * batch.items) * worker.speed
+        batch = Batch(worker, pieces, variant, self._costs[variant][worker.device], now, again)
         for piece in pieces:
             piece.running += 1
         worker.batch = batch
@@ -611,7 +633,7 @@ class Scheduler:
 
     def _overdue(self, batch: Batch) -> float:
         """When a batch is later than it should ever be."""
-        return batch.start + self.knobs.late * self._costs[batch.variant][batch.worker.device].m * batch.expected
+        return batch.start + self.knobs.late * batch.cost.m * batch.expected
 
     def _hedges(self, now: float) -> list[Batch]:
         """Second copies of batches that are much too late, on idle workers, as long as the budget of work lasts."""
@@ -620,7 +642,7 @@ class Scheduler:
             batch = worker.batch
             if batch is None or batch.again or not self._idle or now < self._overdue(batch) or batch.moot:
                 continue
-            if any(piece.ticket.deaths for piece in batch.pieces):
+            if batch.cost is not self._costs[batch.variant][worker.device] or any(p.ticket.deaths for p in batch.pieces):
                 continue
             if self.hedged + batch.expected > self.policy.hedge * (self.worked + batch.expected):
                 break
@@ -681,8 +703,7 @@ class Scheduler:
             self._idle.append(worker)
 
     def _note(self, batch: Batch, took: float) -> None:
-        worker, requests = batch.worker, len(batch.pieces)
-        cost = self._costs[batch.variant][worker.device]
+        worker, requests, cost = batch.worker, len(batch.pieces), batch.cost
         self.worked += took
         if len(self.workers) > 1 and batch.expected > 0 and took > 0:
             ratio = min(4.0, max(0.25, took / batch.expected))

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pennyweight.core.curve import Curve
-from pennyweight.core.errors import NotFound, Overloaded, RequestError
+from pennyweight.core.errors import ConfigError, NotFound, Overloaded, RequestError
 from pennyweight.model.bundle import Policy, Priority, Tenant, Variant
 from pennyweight.schedule.queue import Ticket
 from pennyweight.schedule.scheduler import USUAL, Batch, Knobs, Scheduler
@@ -457,6 +457,24 @@ def test_without_a_budget_nothing_is_hedged() -> None:
     world.start()
     world.now += 0.5
     assert world.start() == []
+
+
+def test_another_bundle_is_adopted_while_requests_wait_and_run() -> None:
+    world = World(dataclasses.replace(ONE, batch=1))
+    for k in range(3):
+        world.offer(k)
+    (running,) = world.start()
+    quick = dataclasses.replace(ONE, batch=1, variants=(Variant("new", costs={"cpu": Curve(1.0, 0.0, 0.0, **SURE)}),))
+    world.scheduler.adopt(quick)
+    assert world.done(running, 0.0045) == [0]
+    world.scheduler.learn()
+    assert world.scheduler.usual(1) == 0.001, "what the old one took teaches nothing about the new one"
+    (batch,) = world.start()
+    assert values(batch) == [1] and batch.expected == 0.001
+    world.done(batch)
+    assert [values(b) for b in world.start()] == [[2]]
+    with pytest.raises(ConfigError, match="other classes or tenants"):
+        world.scheduler.adopt(dataclasses.replace(quick, classes=(Priority("x"),)))
 
 
 def test_curves_are_learned() -> None:
