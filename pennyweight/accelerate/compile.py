@@ -23,6 +23,7 @@ import contextlib
 import copy
 import dataclasses
 import hashlib
+import importlib
 import importlib.util
 import logging
 import os
@@ -159,7 +160,7 @@ def cached(program: torch.export.ExportedProgram) -> Path:
     for name, tensor in sorted({**program.state_dict, **program.constants}.items()):
         if isinstance(tensor, Tensor):
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     home = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
     return home / "pennyweight" / f"{digest.hexdigest()[:32]}.pt2"
 
@@ -198,10 +199,8 @@ def openvino(module: nn.Module, probe: Batch, inputs: Sequence[str] = (), thread
         raise DeviceError("engine 'openvino' needs openvino: pip install openvino onnx onnxscript")
     exported = export(module, probe, inputs, rounded=False, packed=False)
     with _failing("openvino"):
-        import openvino as ov
-
-        core = ov.Core()
-        settings = {"INFERENCE_PRECISION_HINT": "f32", "PERFORMANCE_HINT": "LATENCY"}
+        core = importlib.import_module("openvino").Core()
+        settings: dict[str, Any] = {"INFERENCE_PRECISION_HINT": "f32", "PERFORMANCE_HINT": "LATENCY"}
         settings |= {"INFERENCE_NUM_THREADS": threads} if threads else {}
         running = core.compile_model(core.read_model(exported.graph), "CPU", settings).create_infer_request()
 

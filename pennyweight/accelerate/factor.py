@@ -140,7 +140,9 @@ class Shared(nn.Module):
         parts = []
         for a in range(0, max(1, len(at)), self.block):
             cut = at[a : a + self.block]
-            parts.append(self._rest([], [F.embedding(cut, t) if t.dim() == 2 else t.index_select(0, cut) for t in self.kept], once))
+            parts.append(
+                self._rest([], [F.embedding(cut, t) if t.dim() == 2 else t.index_select(0, cut) for t in self.kept], once)
+            )
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def keep(self, batch: Batch, ids: Tensor, size: int) -> int:
@@ -305,7 +307,7 @@ class _Builder:
                 kind = self.kinds[next(names)]
                 self.values[node] = _Value(kind, self.graphs[kind].placeholder(node.name))
             elif node.op == "output":
-                return self.whole(self.values[node.args[0]])  # type: ignore[index]
+                return self.whole(self.values[node.args[0]])
             else:
                 self.values[node] = self.value(node)
         raise AssertionError("a graph has an output")
@@ -770,9 +772,9 @@ def _work(root: nn.Module, node: fx.Node, inputs: Sequence[Any], output: Tensor)
     if kind is not None:
         return Work(kind.flops() + (kind.outputs if isinstance(module, Shift) else 0), moved)
     if module is not None and _is_table(module):
-        looked = Table.of(module)
-        rows = sum(t.nbytes for t in module.state_dict().values()) / int(module.num_embeddings)  # type: ignore[arg-type]
-        return Work(inputs[0].numel() * (looked.flops() if looked else module.embedding_dim), rows * inputs[0].numel() + moved)  # type: ignore[operator]
+        looked, ids = Table.of(module), inputs[0].numel()
+        bytes_ = sum(t.nbytes for t in module.state_dict().values()) / int(module.num_embeddings)  # type: ignore[arg-type]
+        return Work(ids * looked.flops() if looked else output.numel(), bytes_ * ids + moved)
     if isinstance(module, (Interaction, Across)):
         return Work(2.0 * inputs[0].shape[-1] * output.numel(), moved)
     if _name(node) in ("matmul", "mm", "bmm", "einsum"):

@@ -37,7 +37,7 @@ JOINED = 1 << 28
 
 def packable() -> bool:
     """Whether this PyTorch has oneDNN's products over packed weights."""
-    return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    return torch._C._has_mkldnn and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
 class Dense(nn.Module):
@@ -97,6 +97,7 @@ class Rows(nn.Module):
     """Several tables as one: ids side by side [B, k] to their rows side by side [B, k * dim]."""
 
     starts: Tensor
+    rows: Tensor
 
     def __init__(self, tables: Sequence[nn.Module]) -> None:
         super().__init__()
@@ -108,9 +109,9 @@ class Rows(nn.Module):
         held = [stored(table) for table in unique]
         sizes = torch.tensor([0, *(len(h) for h in held)]).cumsum(0).tolist()
         starts = dict(zip(unique, sizes, strict=False))
-        self.rows = _end_to_end(held)
-        if self.rows is None:
-            self.rows = torch.cat(held)
+        ready = _end_to_end(held)
+        self.rows = torch.cat(held) if ready is None else ready
+        if ready is None:
             for table, start in starts.items():
                 _view(table, self.rows[start : start + len(stored(table))])
         self.register_buffer("starts", torch.tensor([starts[t] for t in tables]), persistent=False)
@@ -120,16 +121,17 @@ class Rows(nn.Module):
         at = ids + self.starts
         if self.operator is None:
             return F.embedding(at, self.rows).flatten(1)
-        found = self.operator(self.rows, at.view(-1, 1))
+        found: Tensor = self.operator(self.rows, at.view(-1, 1))
         return (found if found.shape[1] == self.dim else found[:, : self.dim]).reshape(len(ids), -1)
 
 
 def stored(table: nn.Module) -> Tensor:
     """What a table is executed from: fp32 rows, or packed ones."""
     if isinstance(table, RowwiseTable):
-        plain = table.ready()[0]
-        return table.packed if plain is None else plain  # type: ignore[no-any-return]
-    return table.weight.detach()  # type: ignore[operator, no-any-return]
+        plain: Tensor | None = table.ready()[0]
+        return table.packed if plain is None else plain
+    weight: Tensor = table.get_parameter("weight")
+    return weight.detach()
 
 
 def _end_to_end(held: Sequence[Tensor]) -> Tensor | None:
@@ -149,7 +151,7 @@ def _end_to_end(held: Sequence[Tensor]) -> Tensor | None:
 def _view(table: nn.Module, rows: Tensor) -> None:
     """Let a table's own rows be these, the same numbers, so that they are in memory once: also for who shares its tensor."""
     if not isinstance(table, RowwiseTable):
-        table.weight.data = rows  # type: ignore[union-attr]
+        table.get_parameter("weight").data = rows
     elif table.ready()[0] is None:
         table.packed.data = rows
     else:
@@ -226,8 +228,8 @@ def join(made: Fused) -> Fused:
 def lookups(module: nn.Module, probe: Batch, inputs: Sequence[str] = ()) -> tuple[Fused, nn.Module, list[str]] | None:
     """A model in two: its joined packed tables, and the rest as a module of what they give and of the columns it reads besides.
 
-    For engines that know no packed rows: those are looked up here, where they stay packed. None where no tables were joined, or
-    where the rest still holds a packed table. The names are of the columns, or groups of them, that the rest takes first.
+    For engines that know no packed rows: those are looked up here, where they stay packed. None where there are none. The names
+    are of the columns, or groups of them, that the rest takes first.
 
     Raises:
         ConfigError: the module cannot be recorded.
@@ -236,8 +238,8 @@ def lookups(module: nn.Module, probe: Batch, inputs: Sequence[str] = ()) -> tupl
     made = fuse(recorded.root, recorded.graph, recorded.names, probe, joined=False)
     root, graph = made.graph, made.graph.graph
     _lookups(root, graph)
-    found = [n for n in graph.nodes if isinstance(rows := layer(root, n), Rows) and rows.packed]
-    if not found or any(isinstance(layer(root, n), RowwiseTable) for n in graph.nodes):
+    found = [n for n in graph.nodes if _is_packed(layer(root, n))]
+    if not found:
         return None
     first = fx.Graph()
     copies: dict[fx.Node, fx.Node] = {}
@@ -265,6 +267,12 @@ def lookups(module: nn.Module, probe: Batch, inputs: Sequence[str] = ()) -> tupl
     root.delete_all_unused_submodules()
     root.recompile()
     return Fused(before, given), root, used
+
+
+def _is_packed(table: nn.Module | None) -> bool:
+    if isinstance(table, Rows):
+        return table.packed
+    return isinstance(table, RowwiseTable) and table.ready()[0] is None
 
 
 def _side_by_side(graph: fx.Graph, names: Sequence[str], probe: Batch) -> dict[str, tuple[str, ...]]:

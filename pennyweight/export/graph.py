@@ -27,7 +27,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from pennyweight.accelerate.compile import reads, unwarned
+from pennyweight.accelerate.compile import unwarned
+from pennyweight.accelerate.record import reads
 from pennyweight.accelerate.runner import Runner
 from pennyweight.core.errors import ConfigError, DeviceError
 from pennyweight.export.probe import Batch, batches, cuts, retrieval
