@@ -261,7 +261,7 @@ def dense(model: str, dataset: str, setting: Setting) -> list[Row]:
     rates = {n: statistics.median(x[0][n] for x in limits) / 1e9 for n in ("fp32", "bf16", "onednn")}
     note = (
         f"fp32 against fp32 products at {rates['fp32']:.0f} GF/s ({limits[0][0]['flops'] / 1e6:.2f} MFLOP a row); bf16 reaches "
-        f"{statistics.median(shares[1]):.2f} of its own {rates['bf16']:.0f} GF/s, since what is beside the products stays fp32; "
+        f"{statistics.median(shares[1]):.2f} of its own {rates['bf16']:.0f} GF/s, what is beside the products being fp32; "
         f"oneDNN's fp32 products, which PyTorch does not use here, run at {rates['onednn']:.0f} GF/s"
     )
     rows.append(_row(id, "share_of_limit", shares[0], 0.7, note))
