@@ -1,10 +1,10 @@
 """The best point of a space of settings, by measuring few of them.
 
 Settings multiply (six engines, three numbers of threads, six cuts: 108 points) and act nearly one by one: what a second thread
-gains, it gains for most cuts. So ``explore`` measures each value of the first axis once, keeps the two best, and walks from
-each along one axis at a time; then fits log T = sum of one number a value (ridge) to all it has seen, and measures what
-the fit still believes to be better, until it believes in nothing or the allowance is spent. Where settings do act together
-the fit is wrong in the open: it proposes, a measurement decides.
+gains, it gains for most cuts. So ``explore`` measures each value of the first axis once, tries the second axis from the three
+best, and walks from the best along the others; then it fits log T = sum of one number a value (ridge) to all it has seen, and
+measures what the fit still believes to be better, until it believes in nothing; then the next best. Where settings do act
+together the fit is wrong in the open: it proposes, a measurement decides.
 
 The alternatives: a full grid measures all; Bayesian optimization learns the same additive structure from as many random points
 as this takes in all. Nothing here knows what a setting is or reads a clock. A point that fails (out of memory, an operator
@@ -27,7 +27,7 @@ Point = tuple[object, ...]
 
 SHARE = 0.2
 """Of all points, how many may be measured; at least one a value of the first axis."""
-STARTS = 2
+STARTS = 3
 """Values of the first axis to walk from."""
 HOPELESS = 4.0
 """A value of the first axis this many times slower than the best is not walked from."""
@@ -97,16 +97,22 @@ class _Search:
         self.seen: dict[Point, float | None] = {}
 
     def run(self) -> None:
-        """Firsts, walks, and what the fit believes in."""
+        """Firsts; the second axis from the best of those; the other axes from the best first, with what the fit believes in."""
         usual = tuple(v[0] for v in self.values)
         for value in self.values[0]:
             self.try_((value, *usual[1:]), f"{self.names[0]} {value}")
-        timed = sorted((ms, p[0]) for p, ms in self.seen.items() if ms is not None)
-        starts = [v for ms, v in timed[:STARTS] if ms <= HOPELESS * timed[0][0]]
-        for value in starts:
-            self.walk((value, *usual[1:]))
-        while self.left and (point := self.believed()) is not None:
-            self.try_(point, "the fit believes in it")
+        timed = sorted(((ms, p) for p, ms in self.seen.items() if ms is not None), key=lambda t: t[0])
+        starts = [self.walk(p, 1) for ms, p in timed[:STARTS] if ms <= HOPELESS * timed[0][0]]
+        for point in sorted(starts, key=self.time):
+            for axis in range(2, len(self.names)):
+                point = self.walk(point, axis)
+            while self.left > 0 and (other := self.believed()) is not None:
+                self.try_(other, "the fit believes in it")
+
+    def time(self, point: Point) -> float:
+        """What a point took; infinite where it failed or was not measured."""
+        ms = self.seen.get(point)
+        return math.inf if ms is None else ms
 
     @property
     def left(self) -> int:
@@ -129,16 +135,14 @@ class _Search:
         self.trials.append(Tried(point, ms, why if ms is not None else reason))
         return ms
 
-    def walk(self, point: Point) -> None:
-        """Along one axis after the other, from the usual value outwards, as long as it helps."""
-        now = self.seen[point]
-        assert now is not None
-        for axis in range(1, len(self.names)):
-            for value in self.values[axis][1:]:
-                other = (*point[:axis], value, *point[axis + 1 :])
-                ms = self.try_(other, f"{self.names[axis]} {value}")
-                if ms is not None and ms < GAIN * now:
-                    point, now = other, ms
+    def walk(self, point: Point, axis: int) -> Point:
+        """The best point along an axis, each value measured."""
+        for value in self.values[axis][1:] if axis < len(self.values) else ():
+            other = (*point[:axis], value, *point[axis + 1 :])
+            ms = self.try_(other, f"{self.names[axis]} {value}")
+            if ms is not None and ms < GAIN * self.time(point):
+                point = other
+        return point
 
     def believed(self) -> Point | None:
         """The unmeasured point of the least predicted time, if that is below the best."""

@@ -96,8 +96,8 @@ class SetRuntime(Transform):
     def change(self, bundle: Bundle, env: Env) -> Bundle:
         """The bundle with this runtime; whether the engine is installed is found by the Runner, on the machine that serves."""
         runtime = Runtime(self.engine, self.threads, self.batch, self.shared, self.buckets, bundle.runtime.index)
-        kept = {"precision": self.precision, "machine": self.machine, "hot_bytes": bundle.runtime.hot_bytes}
-        return bundle.replace(runtime=dataclasses.replace(runtime, **kept))
+        runtime = dataclasses.replace(runtime, precision=self.precision, machine=self.machine)
+        return bundle.replace(runtime=dataclasses.replace(runtime, hot_bytes=bundle.runtime.hot_bytes))
 
     def describe(self) -> str:
         """One plain sentence."""
@@ -178,7 +178,7 @@ def fastest(
     seconds: float = 60.0,
     engines: Sequence[Engine] = ENGINES,
     threads: Sequence[int] = (),
-    cuts: Sequence[int] = (0, 64, 256, 1024),
+    cuts: Sequence[int] = (0, 1024, 512, 256, 128, 64),
     precisions: Sequence[Literal["fp32", "bf16"]] = ("fp32",),
     share: float = SHARE,
     allow: Sequence[str] = (),
