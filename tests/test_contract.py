@@ -36,13 +36,14 @@ from pennyweight.compress.rotate import RotateTables
 from pennyweight.compress.share import CodeTables, ShareRows
 from pennyweight.compress.substitute import SubstituteTables
 from pennyweight.core.config import dumps, encode, loads, members
+from pennyweight.core.curve import Curve
 from pennyweight.core.errors import ConfigError, PlanError
 from pennyweight.core.hardware import Device, Topology
 from pennyweight.data.dataset import Dataset
 from pennyweight.data.requests import Trace
 from pennyweight.data.schema import Column, Schema
 from pennyweight.distribute.planner import Place
-from pennyweight.model.bundle import Bundle, Index, load, save
+from pennyweight.model.bundle import Bundle, Index, Priority, Tenant, Variant, load, save
 from pennyweight.model.cascade import Cascade
 from pennyweight.model.onnx import read
 from pennyweight.model.ranking import DeepFM
@@ -52,6 +53,8 @@ from pennyweight.model.train import Recipe, fit
 from pennyweight.model.transform import FIELD, Env, Plan, Transform
 from pennyweight.optimize.space import spared
 from pennyweight.schedule.policy import SetPolicy
+
+CURVE = Curve(0.1, 0.0, 0.01)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,6 +97,7 @@ CASES = (
     Case(KeepHot(1 << 20)),
     Case(SetIndex(Index("ivf", "int8", lists=64, probes=8, recall=0.99, k=100))),
     Case(SetPolicy(batch=4, wait_ms=1.0, deadline_ms=100.0)),
+    Case(SetPolicy(classes=(Priority("page"),), tenants=(Tenant("*", 10.0),), variants=(Variant("a", costs={"cpu": CURVE}),))),
 )
 every = pytest.mark.parametrize(
     "case", CASES, ids=lambda c: f"{type(c.transform).__name__}-{getattr(c.transform, 'data_type', '')}".rstrip("-")

@@ -170,7 +170,7 @@ class Variant:
     """Whether that is proven to lie within the margin; one that is not serves only those who allow it."""
     batch: int = 0
     """Requests joined into one forward at most, by its profile; 0 is the policy's."""
-    costs: Mapping[str, Curve] = dataclasses.field(default_factory=dict)
+    costs: Mapping[str, Curve] = dataclasses.field(default_factory=dict, hash=False)
     """What its work takes on each device, as profiled; where nothing is known it is learned from the first answers."""
 
 

@@ -28,7 +28,7 @@ from collections.abc import Callable
 from typing import Any
 
 from pennyweight.core.curve import Curve, Learned
-from pennyweight.core.errors import ConfigError, NotFound, Overloaded, RequestError
+from pennyweight.core.errors import ConfigError, Overloaded, RequestError
 from pennyweight.model.bundle import Policy, Priority, Tenant, Variant
 from pennyweight.schedule.adapt import Ladder
 from pennyweight.schedule.admit import Bucket, Guard
@@ -387,7 +387,7 @@ class Scheduler:
     def _charge(self, ticket: Ticket, now: float) -> None:
         quota = self._quotas.get(ticket.tenant) or self._quotas.get("*")
         if quota is None:
-            raise NotFound(f"no tenant {ticket.tenant!r}; the policy names {', '.join(self._quotas)}")
+            raise RequestError(f"no tenant {ticket.tenant!r}; the policy names {', '.join(self._quotas)}")
         bucket = self._buckets.get(ticket.tenant)
         if bucket is None:
             bucket = self._bucket(ticket.tenant, quota, now)

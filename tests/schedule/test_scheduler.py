@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pennyweight.core.curve import Curve
-from pennyweight.core.errors import ConfigError, NotFound, Overloaded, RequestError
+from pennyweight.core.errors import ConfigError, Overloaded, RequestError
 from pennyweight.model.bundle import Policy, Priority, Tenant, Variant
 from pennyweight.schedule.queue import Ticket
 from pennyweight.schedule.scheduler import USUAL, Batch, Knobs, Scheduler
@@ -255,7 +255,7 @@ def test_a_quota_is_in_device_milliseconds() -> None:
     world.now += 0.5
     world.offer(3, 50, tenant="shop")
     strict = World(dataclasses.replace(policy, tenants=policy.tenants[:1]))
-    with pytest.raises(NotFound, match="no tenant 'x'; the policy names shop"):
+    with pytest.raises(RequestError, match="no tenant 'x'; the policy names shop"):
         strict.offer(tenant="x")
 
 
