@@ -167,19 +167,18 @@ class Lists:
         faiss: Any = importlib.import_module("faiss")
         self._faiss, self.index, self.threads = faiss, index, threads
         started, lists = time.perf_counter(), min(index.lists or usual(len(vectors)), len(vectors))
-        with self._omp():
-            centroids = _centroids(faiss, vectors, lists, seed)
-            flat = faiss.IndexFlatL2(vectors.shape[1])
-            flat.add(centroids)
-            kinds = faiss.ScalarQuantizer
-            kind = {"int8": kinds.QT_8bit, "fp16": kinds.QT_fp16}.get(index.data_type)
-            self._ivf = (
-                faiss.IndexIVFFlat(flat, vectors.shape[1], lists, faiss.METRIC_INNER_PRODUCT)
-                if kind is None
-                else faiss.IndexIVFScalarQuantizer(flat, vectors.shape[1], lists, kind, faiss.METRIC_INNER_PRODUCT, False)
-            )
-            self._ivf.train(_sample(vectors, SMALL, seed))
-            assigned = self._filled(vectors, flat)
+        centroids = _centroids(faiss, vectors, lists, seed)
+        flat = faiss.IndexFlatL2(vectors.shape[1])
+        flat.add(centroids)
+        kinds = faiss.ScalarQuantizer
+        kind = {"int8": kinds.QT_8bit, "fp16": kinds.QT_fp16}.get(index.data_type)
+        self._ivf = (
+            faiss.IndexIVFFlat(flat, vectors.shape[1], lists, faiss.METRIC_INNER_PRODUCT)
+            if kind is None
+            else faiss.IndexIVFScalarQuantizer(flat, vectors.shape[1], lists, kind, faiss.METRIC_INNER_PRODUCT, False)
+        )
+        self._ivf.train(_sample(vectors, SMALL, seed))
+        assigned = self._filled(vectors, flat)
         sums, longest = _statistics(vectors, assigned, lists)
         self._routes = torch.from_numpy(_unit(sums) * longest[:, None])
         ranked = faiss.IndexFlatIP(vectors.shape[1])
