@@ -228,7 +228,7 @@ def _joined(choices: Sequence[Choice]) -> Structure:
     """Transforms of the choices, those that differ in their paths only as one."""
     merged: dict[Transform, tuple[str, ...]] = {}
     for transform in (t for c in choices for t in c.transforms):
-        key = _for(transform, ())
+        key = _for(transform, ("*",))
         merged[key] = (*merged.get(key, ()), *transform.only)  # type: ignore[attr-defined]  # every option has patterns
     return tuple(_for(t, paths) for t, paths in merged.items())
 

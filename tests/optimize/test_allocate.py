@@ -7,6 +7,7 @@ import math
 import numpy as np
 import pytest
 
+from pennyweight.compress.bands import DropFields
 from pennyweight.compress.quantize import QuantizeDense, QuantizeTables
 from pennyweight.core.errors import PlanError
 from pennyweight.data.synthetic import Clicks
@@ -91,6 +92,16 @@ def test_data_types_differ_where_layers_do(given: tuple[Bundle, Env]) -> None:
     mix = found.within(int(0.15 * found.most))
     assert mix is not None and len({type(t).__name__ + str(getattr(t, "data_type", "")) for t in mix.transforms}) > 1
     assert len(mix.transforms) == len(set(mix.transforms)), "transforms that differ in their paths alone are one"
+
+
+def test_what_the_smallest_mix_drops_is_one_row(given: tuple[Bundle, Env]) -> None:
+    bundle, env = given
+    found = menu(bundle, env)
+    assert found is not None
+    mix = found.within(found.least)
+    assert mix is not None and any(isinstance(t, DropFields) for t in mix.transforms)
+    made = plan(mix.transforms).apply(bundle, env)
+    assert sum(t.nbytes for t in made.model.state.values()) == mix.bytes == found.least
 
 
 def test_layers_that_nobody_may_touch_have_no_choice(given: tuple[Bundle, Env]) -> None:
