@@ -1,1 +1,1 @@
-"""Transforms that write a bundle's policy, and the queue that follows it."""
+"""The transform that writes a bundle's policy, and the scheduler that follows it."""
