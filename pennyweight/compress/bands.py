@@ -18,7 +18,6 @@ import itertools
 from collections.abc import Mapping, Sequence
 from typing import ClassVar, Literal
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -271,24 +270,43 @@ def _ranked(used: Mapping[str, Tensor], found: Found, shares: Sequence[float]) -
 
     The row of padding is in the last.
     """
-    each, sizes = [], []
+    keys: dict[str, Tensor] = {}
     for path, rows in used.items():
         table = found[path][1]
         use = rows / table.dim
         if table.padding is not None:
             use[table.padding] = -1
-        each.append(use)
-        sizes.append(torch.full((len(use),), table.dim, dtype=torch.int32))
-    # There are millions of rows, and what ranks them should take less memory than they do.
-    order = torch.from_numpy(np.argsort(torch.cat(each).neg_().numpy(), kind="stable"))
-    del each
-    reached = torch.cat(sizes)[order].cumsum(0)
-    ends = [share * int(reached[-1]) * (1 + 1e-12) for share in itertools.accumulate(shares)]
-    starts = [int(torch.searchsorted(reached, end, right=True)) for end in ends]
-    bands = torch.empty(len(order), dtype=torch.uint8)
-    for band, (start, stop) in enumerate(itertools.pairwise([0, *starts, len(order)])):
-        bands[order[start:stop]] = band
-    return dict(zip(used, torch.split(bands, [len(rows) for rows in used.values()]), strict=True))
+        keys[path] = use.view(torch.int32)  # floats of 0 and more are in the order of their bits, and -1 is below them
+    dims = {path: found[path][1].dim for path in used}
+    total = sum(dims[path] * len(key) for path, key in keys.items())
+    bands = {path: torch.full((len(key),), len(shares), dtype=torch.uint8) for path, key in keys.items()}
+    for band, share in reversed(list(enumerate(itertools.accumulate(shares)))):
+        for path, hot in _hottest(keys, dims, share * total * (1 + 1e-12)).items():
+            bands[path][hot] = band
+    return bands
+
+
+def _hottest(keys: Mapping[str, Tensor], dims: Mapping[str, int], room: float) -> dict[str, Tensor]:
+    """Which rows have the largest keys, bool [rows] by path: as many as have ``room`` numbers; of rows alike the first.
+
+    The least key is found by halving, since an order of millions of rows takes as much memory as they do.
+    """
+
+    def numbers(above: int) -> int:
+        return sum(dims[path] * int((key > above).sum()) for path, key in keys.items())
+
+    low, high = -(1 << 31), (1 << 31) - 1
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if numbers(middle) > room else (low, middle)
+    room -= numbers(high)
+    hot = {}
+    for path, key in keys.items():
+        alike = (key == high).nonzero().squeeze(1)
+        first = alike[: int(room // dims[path])]
+        room = room - dims[path] * len(first) if len(first) == len(alike) else 0
+        hot[path] = (key > high).index_fill(0, first, True)
+    return hot
 
 
 def _split(layer: Bands, rows: Tensor, bands: Tensor) -> tuple[Bands, dict[str, Tensor]]:

@@ -32,7 +32,7 @@ from pennyweight.model.transform import Env, Transform
 
 SAMPLE = 1 << 16
 """Rows that centres are fitted on; the codes of a larger table's rows are found afterwards."""
-BATCH, BATCHES = 8192, 25
+BATCH, BATCHES = 2048, 100
 """Rows of data, and batches of them, that lookups are counted in."""
 _CHUNK = 1 << 10
 
@@ -194,13 +194,14 @@ def _counted(model: Model, env: Env, data: Dataset | None, paths: Sequence[str])
     with torch.inference_mode():
         for batch in islice(data.batches(BATCH, shuffle=True, seed=env.seed), BATCHES):
             call(module, batch, model.spec.inputs)
+    data.release()
     return counts
 
 
 def _counter(counts: Tensor) -> Any:
     def count(module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
         ids = (*args, *kwargs.values())[0]
-        counts.add_(torch.bincount(ids.reshape(-1), minlength=len(counts)))
+        counts.index_add_(0, ids.reshape(-1), torch.ones(ids.numel()))
 
     return count
 

@@ -28,8 +28,8 @@ from pennyweight.model.spec import Model, call
 from pennyweight.model.transform import Env, Transform
 
 _CHUNK = 1 << 20
-Sums = tuple[Tensor, Tensor]
-"""Of each row: gradient norms added up, and the lookups they came with, float [rows]."""
+Sums = tuple[Tensor, float, float]
+"""The mean gradient norm of each row's lookups, float [rows]; all norms added up, and the lookups they came with."""
 
 
 def rows_for(env: Env, by: Transform) -> Dataset:
@@ -52,27 +52,24 @@ def importance(model: Model, env: Env, counts: Mapping[str, Tensor]) -> dict[str
     The lookups themselves where the model lets no gradient through to one of the tables.
     """
     sums = _gradients(model, env, tuple(counts))
-    total = sum(float(norms.sum()) for norms, _ in sums.values())
-    if not total > 0 or any(counts[path].any() and not seen.any() for path, (_, seen) in sums.items()):
+    total, asked = (sum(each[k] for each in sums.values()) for k in (1, 2))
+    if not total > 0 or any(counts[path].any() and not seen for path, (_, _, seen) in sums.items()):
         return dict(counts)
-    usual = total / sum(float(seen.sum()) for _, seen in sums.values())
-    found = {}
-    for path, (norms, seen) in sums.items():
-        mean = norms.sum() / seen.sum().clamp(min=1)
-        found[path] = counts[path] * (norms + mean) / (seen + 1) / usual
-    return found
+    return {path: (counts[path] * mean).mul_(asked / total) for path, (mean, _, _) in sums.items()}
 
 
 def counted(model: Model, env: Env, paths: Iterable[str], data: Dataset) -> dict[str, Tensor]:
     """How often each row is looked up, float [rows] by path: in all rows of columns that tables read, else in a sample."""
-    sampled = lookups(model, env, paths)
+    asked = tuple(paths)
     if len(data) <= BATCH * BATCHES:
-        return sampled
-    read = _columns(model, env, tuple(sampled), data)
+        return lookups(model, env, asked)
+    module, read = model.build(env.allow), _columns(model, env, asked, data)
     exact = {
-        path: sum((_tally(data, c, len(sampled[path])) for c in columns), torch.zeros(())) for path, columns in read.items()
+        path: sum((_tally(data, c, int(module.get_submodule(path).num_embeddings)) for c in columns), torch.zeros(()))  # type: ignore[arg-type]
+        for path, columns in read.items()
     }
-    return {path: exact.get(path, counts) for path, counts in sampled.items()}
+    sampled = lookups(model, env, [path for path in asked if path not in exact])
+    return {path: exact[path] if path in exact else sampled[path] for path in asked}
 
 
 def _tally(data: Dataset, column: str, rows: int) -> Tensor:
@@ -132,7 +129,14 @@ def _summed(model: Model, env: Env, paths: Sequence[str], data: Dataset, loss: s
                 norms = _each(ids, rows.grad.flatten(0, -2).norm(dim=1))
                 sums[path][0].index_add_(0, ids.reshape(-1), norms)
                 sums[path][1].index_add_(0, ids.reshape(-1), torch.ones_like(norms))
-    return sums
+    data.release()
+    return {path: _means(*each) for path, each in sums.items()}
+
+
+def _means(norms: Tensor, seen: Tensor) -> Sums:
+    """Of norms and lookups [rows], which are written over: a row's mean, as if it had once more been its table's."""
+    total, asked = float(norms.sum()), float(seen.sum())
+    return norms.add_(total / max(asked, 1)).div_(seen.add_(1)), total, asked
 
 
 def _tapped(module: nn.Module, paths: Iterable[str]) -> list[tuple[str, Tensor, Tensor]]:
