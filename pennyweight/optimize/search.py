@@ -86,7 +86,10 @@ On Frappe, a net cut to a quarter lost .0016 before 15 epochs of recovery and ga
 .0011 after them. What was right is no matter: the next structure is chosen by what came of the last.
 """
 
-BOLDER = 3.0
+HOPE = 0.5
+"""Share of the margin that the first structure trained may be taken to lose; interval and data types need the rest."""
+
+BOLDER = 2.0
 """How many times more the next structure may lose than the last one that held, or less than one that did not."""
 
 LOOKING = 0.3
@@ -327,7 +330,7 @@ class Search:
                 spent, given = self._cost(bundle)
                 trial = Trial(name, made, predicted, spent, self._validated(bundle), None, seconds=time.monotonic() - begun)
                 trial = dataclasses.replace(trial, note="; ".join(self._misses(spent, bundle, given)))
-        except PlanError as error:
+        except (PlanError, DataError) as error:  # it cannot be applied, or answers so that nothing can be judged
             trial = Trial(name, made, predicted, note=str(error), seconds=time.monotonic() - begun)
         else:
             self.bundles[key] = bundle
@@ -520,13 +523,15 @@ class Search:
         if free and not (open_ and self.options.tries):
             self.allocate(())
         lost = self._unrecovered(open_) if self.options.objective == "bytes" and self.options.tries else {}
-        held, room = True, self.margin
+        held, room = True, HOPE * self.margin
         for tried in range(self.options.tries):
             if not open_ or not self._affordable():
                 break
             rung = _smallest(open_, lost, room) if lost else _next(open_, bold=held and tried > 0)
             trained = self.recovered(rung.structure)
             held = self._attempt_types(rung, trained)
+            if held and lost:  # what is to be mixed further must have room for it
+                held = any(self._safe(t) for t in self.trials if t.plan.transforms[: len(trained)] == trained)
             if held:
                 self.allocate(trained)
             room *= BOLDER if held else 1 / BOLDER
