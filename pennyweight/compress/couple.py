@@ -24,8 +24,8 @@ from typing import Any, cast
 import numpy as np
 import numpy.typing as npt
 import torch
-from scipy.sparse import coo_array  # type: ignore[import-untyped]
-from scipy.sparse.csgraph import connected_components  # type: ignore[import-untyped]
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
 from torch import Tensor, fx, nn
 
 from pennyweight.model.conv import Conv

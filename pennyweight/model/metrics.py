@@ -18,7 +18,7 @@ from collections.abc import Callable, Mapping
 import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
-from scipy.optimize import minimize_scalar  # type: ignore[import-untyped]
+from scipy.optimize import minimize_scalar
 from torch import Tensor
 
 from pennyweight.core.errors import ConfigError, DataError

@@ -26,7 +26,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy.special import stdtrit, xlogy  # type: ignore[import-untyped]
+from scipy.special import stdtrit, xlogy
 
 from pennyweight.core.errors import ConfigError, DataError
 from pennyweight.optimize.trial import Quality, Verdict
