@@ -253,9 +253,10 @@ def drawn(weights: Tensor, n: int, generator: torch.Generator) -> Tensor:
 def kmeans(points: Tensor, weights: Tensor, codes: int, iterations: int, generator: torch.Generator, *, zero: bool) -> Tensor:
     """Centres [parts, codes, width] of points [parts, n, width] weighted by [n], every part on its own.
 
-    Starts with k-means++ (Arthur & Vassilvitskii 2007); with ``zero`` the first centre is held at zero.
+    Starts with k-means++ (Arthur & Vassilvitskii 2007), but for a single iteration, which starts from the first points; with
+    ``zero`` the first centre is held at zero.
     """
-    centres = _spread(points, weights, codes, generator, zero)
+    centres = _spread(points, weights, codes, generator, zero) if iterations > 1 else _first(points, codes, zero)
     before = None
     for _ in range(iterations):
         belongs = nearest(points, centres)
@@ -282,6 +283,15 @@ def nearest(points: Tensor, centres: Tensor) -> Tensor:
     half = centres.square().sum(2).div(2).unsqueeze(1)
     chunks = torch.split(points, _CHUNK, dim=1)
     return torch.cat([torch.baddbmm(half, chunk, centres.transpose(1, 2), alpha=-1).min(2).indices for chunk in chunks], 1)
+
+
+def _first(points: Tensor, codes: int, zero: bool) -> Tensor:
+    """First centres for a sketch, whose size is all that is asked: no search for them."""
+    ids = torch.arange(codes) % points.shape[1]
+    centres = points[:, ids].clone()
+    if zero:
+        centres[:, 0] = 0
+    return centres
 
 
 def _spread(points: Tensor, weights: Tensor, codes: int, generator: torch.Generator, zero: bool) -> Tensor:
