@@ -114,7 +114,9 @@ def test_an_engine_that_takes_too_long_to_make_is_not_tried(bundle: Bundle) -> N
     best, trace = tune(bundle, BATCHES, seconds=0.2, threads=(1,))
     assert best == SetRuntime("eager", 1, 0)
     assert trace[0].latency and trace[0].latency.n >= 3 and trace[0].note == CHOSEN
-    assert [t.note for t in trace[1:]] == [f"not tried: making it may take {s} s and 0 s were left" for s in (2, 10, 10, 60, 60)]
+    assert [t.note for t in trace[1:]] == [
+        f"not tried: making it may take {s} s and 0 s were left" for s in (2, 10, 10, 60, 60)
+    ]
 
 
 def test_one_export_serves_every_number_of_threads(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
