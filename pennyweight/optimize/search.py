@@ -622,9 +622,15 @@ class Search:
             self.env = env = dataclasses.replace(env, teachers=(*env.teachers, teacher))
 
     def _attempt_types(self, rung: Rung, trained: Structure) -> bool:
-        """Try a structure's data types as long as they hold its quality, mild to strong; whether one did."""
+        """Try a structure's data types as long as they hold its quality, mild to strong; whether one did.
+
+        Feedback costs as much as a short training, and bytes are known before: what misses their limit goes without it.
+        """
         name, held = "recovered" if trained else "free", False
+        limit = self.budget.against(bytes=self.base.bytes).bytes or math.inf
         for suffix, guess in zip(rung.dtypes, rung.guesses, strict=True):
+            if guess.bytes > limit and any(getattr(t, "feedback", False) for t in suffix):
+                continue
             if not self._held(self.attempt((*trained, *suffix), guess, name)):
                 break
             held = True
