@@ -10,7 +10,20 @@ import types
 from typing import Any
 
 from pennyweight.accelerate import tune  # noqa: F401
-from pennyweight.compress import aware, bands, distill, factor, onnx, prune, quantize, residual, rotate, share, substitute  # noqa: F401
+from pennyweight.compress import (  # noqa: F401
+    aware,
+    bands,
+    distill,
+    factor,
+    narrow,
+    onnx,
+    prune,
+    quantize,
+    residual,
+    rotate,
+    share,
+    substitute,
+)
 from pennyweight.distribute import planner  # noqa: F401
 from pennyweight.schedule import policy  # noqa: F401
 

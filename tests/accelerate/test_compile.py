@@ -77,7 +77,9 @@ def test_an_export_takes_any_number_of_candidates(quantized: Net, exported: Expo
 
 
 def test_an_export_reads_only_what_the_model_reads(exported: Exported) -> None:
-    assert [n for columns in exported.inputs.values() for n in columns] == ["user", "history", "age"]
+    """The history's ids go to a packed table, whose rows are looked up before."""
+    assert [n for columns in exported.inputs.values() for n in columns] == ["user", "age"]
+    assert exported.found is not None
 
 
 def test_an_export_leaves_no_file_and_no_noise(
