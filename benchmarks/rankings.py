@@ -241,7 +241,7 @@ def compressed(id: str, goal: Goal, setting: Setting) -> list[Row]:
 
     def one(model: Given) -> Found:
         began = time.monotonic()
-        made = plan(*goal.plan).apply(model.bundle, model.env)
+        made = applied(goal, model)
         folder = model.folder / id.partition("/")[0]
         save(made.replace(catalog=None), folder)
         seconds, each = time.monotonic() - began, model.outcomes(load(folder))
@@ -258,6 +258,16 @@ def compressed(id: str, goal: Goal, setting: Setting) -> list[Row]:
         f"{'within' if all(f.upper <= goal.margin for f in each) else 'NOT within'} {goal.margin:.1%} at 95 % for all seeds"
     )
     return rows_of(id, each, Bars(goal.ratio, goal.margin), note)
+
+
+def applied(goal: Goal, model: Given) -> Bundle:
+    """The plan; where no epoch of its training is better than none, all of it but the training."""
+    try:
+        return plan(*goal.plan).apply(model.bundle, model.env)
+    except PlanError:
+        if goal.training is None:
+            raise
+        return plan(*(t for t in goal.plan if t != goal.training)).apply(model.bundle, model.env)
 
 
 def rounded(id: str, name: str, data_type: Bits, setting: Setting) -> list[Row]:
