@@ -195,7 +195,8 @@ def relative(a: npt.NDArray[np.float64], b: npt.NDArray[np.float64], seed: int =
 
     def lost(weights: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
         before = weights @ a
-        return np.asarray((before - weights @ b) / before)
+        with np.errstate(invalid="ignore", divide="ignore"):  # a draw of users for whom nothing is right is left out
+            return np.asarray((before - weights @ b) / before)
 
     drops = prove.bootstrap(lost, range(len(a)), rounds=ROUNDS, seed=seed)
     low, upper = np.quantile(drops, [1 - prove.CONFIDENCE, prove.CONFIDENCE])
