@@ -758,17 +758,34 @@ class Search:
         self.bundles[_key(Plan())] = self.bundle
         return Trial("control", Plan(), self.base, self.base, note=f"the model as given: {trial.note}")
 
-    def sequence(self) -> list[Trial]:
-        """Finalists from safest to cheapest: each cheaper than the one before, and none but the best for its price."""
+    def sequence(self, control: Trial | None = None) -> list[Trial]:
+        """Finalists from safest to cheapest: each cheaper than the one before, and none but the best for its price.
+
+        Safe is what validation says, against the control too where a plan must be as good as it: training gains what no plan
+        without it has, so the mildest is not the safest there.
+        """
         fit = [t for t in self.trials if t.name != "control" and self.acceptable(t)]
         # The runtime was chosen by a longer measurement than a trial's: a plan that has one stands for the same without.
         tuned = {t.plan.transforms[:-1] for t in fit if t.plan.transforms and t.plan.transforms[-1].stage == "runtime"}
         fit = sorted((t for t in fit if t.plan.transforms not in tuned), key=self._objective)
+        bound = self._bounds(fit, control)
         kept: list[Trial] = []
         for trial in fit:
-            if not kept or _bound(trial) < _bound(kept[-1]):
+            if math.isfinite(bound[id(trial)]) and (not kept or bound[id(trial)] < bound[id(kept[-1])]):
                 kept.append(trial)
         return kept[:FINALISTS][::-1]
+
+    def _bounds(self, trials: Sequence[Trial], control: Trial | None) -> dict[int, float]:
+        """The 95 % bound of each one's drop on validation; without end where it is more than the margin below the control."""
+        own = {id(t): _bound(t) for t in trials}
+        if control is None or self.options.against == "given":
+            return own
+        self.say("prove", "comparing plans with the control on the validation rows")
+        base = self._outcomes(self.bundles[_key(control.plan)], 1)
+        for trial in trials:
+            beside = self._compared(self._outcomes(self.bundles[_key(trial.plan)], 1), base, 1)
+            own[id(trial)] = max(own[id(trial)], beside.drop_upper_95) if beside.drop <= self.margin else math.inf
+        return own
 
     def proof(self, finalists: Sequence[Trial], control: Trial | None) -> tuple[list[Trial], Trial | None]:
         """Put finalists to the test rows; those proven, the cheapest first, and the control with its proof."""
@@ -862,7 +879,7 @@ def _interruptible(search: Search) -> Iterator[None]:
 
 
 def _conclude(search: Search, control: Trial | None) -> Outcome:
-    finalists = search.sequence()
+    finalists = search.sequence(control)
     proven, control = search.proof(finalists, control)
     chosen, best = _timed(search, proven)
     result = _result(search, chosen, control, best)
