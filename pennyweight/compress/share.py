@@ -26,7 +26,7 @@ from pennyweight.core.config import named
 from pennyweight.core.errors import ConfigError, PlanError
 from pennyweight.data.dataset import Dataset
 from pennyweight.model.bundle import Bundle
-from pennyweight.model.spec import Model, call
+from pennyweight.model.spec import Model, call, leaves
 from pennyweight.model.tables import Table, rows_of
 from pennyweight.model.transform import Env, Transform
 
@@ -178,8 +178,11 @@ def lookups(model: Model, env: Env, paths: Iterable[str]) -> dict[str, Tensor]:
     data = env.train if env.train is not None else env.calib
     known = _COUNTED.setdefault(model, {})
     asked = {path: (path, env.seed, data is None) for path in paths}
-    missing = [path for path, key in asked.items() if key not in known or known[key][0] is not data]
-    known |= {asked[path]: (data, counts) for path, counts in _counted(model, env, data, missing).items()}
+    if any(key not in known or known[key][0] is not data for key in asked.values()):
+        # All tables while the rows pass by: whoever weighs choices for one asks for the others next.
+        every = dict.fromkeys((*asked, *(p for p, m in leaves(model.build(env.allow)) if Table.of(m) is not None)))
+        found = _counted(model, env, data, tuple(every))
+        known |= {(path, env.seed, data is None): (data, counts) for path, counts in found.items()}
     return {path: known[key][1] for path, key in asked.items()}
 
 
@@ -280,6 +283,9 @@ def means(points: Tensor, weights: Tensor, belongs: Tensor, centres: Tensor) -> 
 
 def nearest(points: Tensor, centres: Tensor) -> Tensor:
     """The nearest centre of each point, int64 [parts, n]."""
+    if centres.shape[2] == 1:  # on a line, the nearest is found by halving
+        line, order = centres.squeeze(2).sort(1)
+        return order.gather(1, torch.searchsorted((line[:, 1:] + line[:, :-1]) / 2, points.squeeze(2).contiguous()))
     half = centres.square().sum(2).div(2).unsqueeze(1)
     chunks = torch.split(points, _CHUNK, dim=1)
     return torch.cat([torch.baddbmm(half, chunk, centres.transpose(1, 2), alpha=-1).min(2).indices for chunk in chunks], 1)
@@ -297,6 +303,8 @@ def _first(points: Tensor, codes: int, zero: bool) -> Tensor:
 def _spread(points: Tensor, weights: Tensor, codes: int, generator: torch.Generator, zero: bool) -> Tensor:
     """First centres: each a point drawn with a chance proportional to its weight and squared distance to those before it."""
     parts, n, width = points.shape
+    if width == 1:
+        return _along(points.squeeze(2), weights, codes, zero).unsqueeze(2)
     centres = torch.zeros(parts, codes, width)
     distance = torch.full((parts, n), torch.inf)
     for k in range(codes):
@@ -307,3 +315,19 @@ def _spread(points: Tensor, weights: Tensor, codes: int, generator: torch.Genera
             centres[:, k] = points.gather(1, drawn.unsqueeze(2).expand(parts, 1, width)).squeeze(1)
         distance = torch.minimum(distance, (points - centres[:, k : k + 1]).square().sum(2))
     return centres
+
+
+def _along(points: Tensor, weights: Tensor, codes: int, zero: bool) -> Tensor:
+    """First levels [parts, codes] of numbers [parts, n]: half-way between steps of equal weight and equal steps.
+
+    Levels of least loss lie denser where there is more weight, yet less so than weight itself (Panter and Dite 1951).
+    """
+    line, order = points.sort(1)
+    passed = weights[order].cumsum(1)
+    shares = (torch.arange(codes) + 0.5) / codes
+    at = torch.searchsorted(passed, (shares * passed[:, -1:]).contiguous()).clamp(max=points.shape[1] - 1)
+    even = line[:, :1] + (line[:, -1:] - line[:, :1]) * shares
+    levels = (line.gather(1, at) + even) / 2
+    if zero:
+        levels[:, 0] = 0
+    return levels

@@ -98,7 +98,7 @@ BOLDER = 2.0
 LOOKING = 0.3
 """Share of the compute cap after which no structure is looked at untrained."""
 
-LISTING = 0.7
+LISTING = 0.85
 """Share of what is left that measuring an allocator's choices may take."""
 
 FINALISTS = 12
@@ -219,6 +219,8 @@ class Search:
     bundles: dict[str, Bundle] = dataclasses.field(default_factory=dict)
     epochs: list[Epoch] = dataclasses.field(default_factory=list)
     epoch_s: float = 0.0
+    scoring_s: float = 1.0
+    """Seconds that scoring the test rows is taken to last."""
     norms: bool = False
     """Whether the model has norms that can be folded."""
     known: dict[str, Trial] = dataclasses.field(default_factory=dict)
@@ -261,8 +263,9 @@ class Search:
         self.users = _users(self.test), _users(valid)
         self.labels = self.test.column(self.test.schema.label.name), valid.column(valid.schema.label.name)
         self.say("baseline", "scoring the validation rows")
-        self.margin = 1.0
+        self.margin, began = 1.0, time.monotonic()
         self.valid_scores = self._outcomes(self.bundle, 1)
+        self.scoring_s = (time.monotonic() - began) * len(self.test) / max(1, len(valid))
         self.margin = self.budget.margin(o.metric, self._compared(self.valid_scores, self.valid_scores, 1).baseline)
         self.rates = calibrate(o.candidates)
 
@@ -434,8 +437,9 @@ class Search:
 
     @property
     def reserve(self) -> float:
-        """Seconds kept back for the proof and the final timing."""
-        return min(0.25 * self.options.seconds, 10 * self.timing + 5)
+        """Seconds kept back for the proof and the final timing; by what scoring took before, where that is all of it."""
+        proof = 5.0 if self.options.objective == "cost" else 1.0 + 4 * self.scoring_s
+        return min(0.25 * self.options.seconds, 10 * self.timing + proof)
 
     def _validated(self, bundle: Bundle) -> Quality:
         return self._compared(self._outcomes(bundle, 1), self.valid_scores, 1)
@@ -663,7 +667,7 @@ class Search:
             if t.measured and t.plan.transforms[: len(trained)] == trained and self._safe(t)
         ]
         high, low = min(limit, *good, bundle.bytes) - head, float(offered.least)
-        target = high if math.isfinite(limit) else math.sqrt(high * low)
+        target = high if math.isfinite(limit) else high**0.75 * low**0.25  # a mild step first, for the proof to stand on
         seen: set[Structure] = set()
         for _ in range(ALLOCATIONS):
             found = offered.within(int(target))
