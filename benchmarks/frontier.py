@@ -30,8 +30,8 @@ KINDS: Mapping[str, str] = {
 }  # fmt: skip
 """Efforts and tasks by the first part of a row's id, in the table's order; another name stands for itself."""
 SETS: Mapping[str, str] = {
-    "frappe": "Frappe", "ml-1m": "MovieLens 1M", "ml-1m-sequences": "MovieLens 1M, sequences", "gowalla": "Gowalla", "beauty": "Amazon Beauty",
-    "generated": "generated clicks",
+    "frappe": "Frappe", "ml-1m": "MovieLens 1M", "ml-1m-sequences": "MovieLens 1M, sequences", "gowalla": "Gowalla",
+    "beauty": "Amazon Beauty", "generated": "generated clicks",
 }  # fmt: skip
 METRIC: Mapping[str, str] = {"retrieval": "share of NDCG@20", "sequence": "share of NDCG@10"}
 """What is lost, where it is not AUC."""
