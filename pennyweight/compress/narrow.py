@@ -12,10 +12,10 @@ from __future__ import annotations
 import dataclasses
 from typing import ClassVar, Literal
 
-import torch
 from torch import Tensor
 
 from pennyweight.compress.rewrite import Change, finite, rewrite, targets
+from pennyweight.compress.rotate import axes_of
 from pennyweight.compress.share import lookups
 from pennyweight.core.config import named
 from pennyweight.core.errors import ConfigError, PlanError
@@ -86,7 +86,6 @@ class NarrowTables(Transform):
 
 
 def principal(rows: Tensor, weights: Tensor) -> Tensor:
-    """Axes [dim, dim] of rows [n, dim] weighted by [n], most first; an axis' largest number is positive."""
+    """Axes [dim, dim] of rows [n, dim] weighted by [n], most first."""
     scaled = rows.double() * weights.double().sqrt().unsqueeze(1)
-    axes: Tensor = torch.linalg.eigh(scaled.T @ scaled).eigenvectors.flip(1)
-    return (axes * axes.gather(0, axes.abs().argmax(0, keepdim=True)).sign()).float()
+    return axes_of(scaled.T @ scaled)

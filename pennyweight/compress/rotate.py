@@ -116,7 +116,12 @@ def _close(a: Tensor, b: Tensor) -> bool:
 def principal(rows: list[Tensor]) -> Tensor:
     """Principal axes [dim, dim] of several tables' rows, most energy first; each table weighs the same."""
     gram = sum(r.double().T @ r.double() / r.double().square().sum().clamp_min(1e-30) for r in rows)
-    axes: Tensor = torch.linalg.eigh(cast(Tensor, gram)).eigenvectors.flip(1)
+    return axes_of(cast(Tensor, gram))
+
+
+def axes_of(gram: Tensor) -> Tensor:
+    """Principal axes [dim, dim] of the summed products [dim, dim] of rows, most first; an axis' largest number is positive."""
+    axes: Tensor = torch.linalg.eigh(gram).eigenvectors.flip(1)
     return (axes * axes.gather(0, axes.abs().argmax(0, keepdim=True)).sign()).float()  # an axis has no sign of its own
 
 

@@ -310,6 +310,11 @@ class Search:
         )  # fmt: skip
         return limits.misses(p50_ms=spent.p50_ms, p99_ms=spent.p99_ms, bytes=spent.bytes, memory_bytes=peak, cost=paid)
 
+    @property
+    def most_bytes(self) -> float:
+        """The budget's limit of bytes; without end where there is none."""
+        return self.budget.against(bytes=self.base.bytes).bytes or math.inf
+
     @functools.cached_property
     def _given_memory(self) -> int:
         return memory(self.bundle, self.bench, self.env.allow)
@@ -636,7 +641,7 @@ class Search:
         Feedback costs as much as a short training, and bytes are known before: what misses their limit goes without it.
         """
         name, held = "recovered" if trained else "free", False
-        limit = self.budget.against(bytes=self.base.bytes).bytes or math.inf
+        limit = self.most_bytes
         for suffix, guess in zip(rung.dtypes, rung.guesses, strict=True):
             if guess.bytes > limit and any(getattr(t, "feedback", False) for t in suffix):
                 continue
@@ -660,7 +665,7 @@ class Search:
         if offered is None or not offered.groups:
             return
         head = bundle.bytes - sum(t.nbytes for t in bundle.model.state.values())
-        limit = self.budget.against(bytes=self.base.bytes).bytes or math.inf
+        limit = self.most_bytes
         good = [
             t.measured.bytes
             for t in self.trials
@@ -739,8 +744,7 @@ class Search:
     def _small(self, trial: Trial) -> bool:
         """Whether a trial keeps the limit of bytes, which no runtime changes."""
         assert trial.measured is not None
-        limit = self.budget.against(bytes=self.base.bytes).bytes
-        return limit is None or trial.measured.bytes <= limit
+        return trial.measured.bytes <= self.most_bytes
 
     def run_control(self) -> Trial | None:
         """The given model after the same extra training, not compressed."""
