@@ -37,7 +37,8 @@ from pennyweight.core import hardware, memory
 from pennyweight.core.config import decode
 from pennyweight.core.errors import ConfigError, DeviceError
 from pennyweight.data.schema import Column
-from pennyweight.model.bundle import Bundle, Placement, Runtime
+from pennyweight.model.bundle import Bundle, Runtime
+from pennyweight.model.placement import Placement
 from pennyweight.model.spec import Batch, Model, replace
 
 log = logging.getLogger(__name__)

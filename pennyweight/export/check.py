@@ -33,7 +33,8 @@ from pennyweight.data.catalog import Catalog
 from pennyweight.export.graph import Answer, Graph, Input, graphs, reason
 from pennyweight.export.probe import Batch
 from pennyweight.export.targets import TARGETS, Arrived
-from pennyweight.model.bundle import Bundle, Placement, swap
+from pennyweight.model.bundle import Bundle, swap
+from pennyweight.model.placement import Placement
 
 FORMAT = 1
 CATALOG = 20_000_000

@@ -34,19 +34,11 @@ from pennyweight.core.curve import Curve
 from pennyweight.core.errors import BundleError, ConfigError, StorageError
 from pennyweight.data.catalog import Catalog
 from pennyweight.model import conv, dense, hashed, residual, tables  # noqa: F401  (registers the layers a manifest may name)
+from pennyweight.model.placement import Placement
 from pennyweight.model.spec import Model, Spec
 
 FORMAT = 1
 WEIGHTS = "weights.safetensors"
-
-
-@dataclasses.dataclass(frozen=True)
-class Placement:
-    """Which worker or device holds what."""
-
-    world_size: int = 1
-    tables: Mapping[str, str] = dataclasses.field(default_factory=dict)
-    """Table path -> where it lives: ``cpu``, ``disk`` (memory-mapped) or ``cuda:0``; one not named is on ``cpu``."""
 
 
 Engine = Literal["eager", "fused", "onnxruntime", "openvino", "compile", "aot"]

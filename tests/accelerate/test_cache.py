@@ -12,7 +12,8 @@ from pennyweight.accelerate.runner import Runner
 from pennyweight.core.errors import BundleError, ConfigError
 from pennyweight.core.measure import peak_memory
 from pennyweight.data.schema import Column
-from pennyweight.model.bundle import Bundle, Placement, Runtime, load, save
+from pennyweight.model.bundle import Bundle, Runtime, load, save
+from pennyweight.model.placement import Placement
 from pennyweight.model.ranking import DNN
 from pennyweight.model.spec import Model, build, spec_of
 from pennyweight.model.tables import Table

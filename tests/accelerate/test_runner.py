@@ -16,7 +16,8 @@ from pennyweight.accelerate.runner import Runner
 from pennyweight.core import hardware
 from pennyweight.core.errors import ConfigError, DeviceError
 from pennyweight.data.schema import Column
-from pennyweight.model.bundle import Bucket, Bundle, Placement, Runtime
+from pennyweight.model.bundle import Bucket, Bundle, Runtime
+from pennyweight.model.placement import Placement
 from pennyweight.model.ranking import DeepFM
 from pennyweight.model.retrieval import TwoTower
 from pennyweight.model.spec import Batch, Model, Spec, build, call, spec_of
