@@ -3,15 +3,21 @@
 Each is the example of its name, run on public data; the baseline must first reach what is published or what another kind of
 model reaches. Training is compared with ``keras.fit``, in turns, each framework at its faster number of threads, with
 the same optimizer, batch and epochs.
+
+Folds are searched and then timed. Only the timing needs a quiet machine, so ``--search`` does the searches alone, one process
+a row if one likes (``OMP_NUM_THREADS=1``), into ``--cache``; a run with that folder then takes minutes. What was found is tuned
+to the machine again before it is timed, beside the given model at its faster number of threads.
 """
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import functools
+import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +29,12 @@ import pennyweight
 from benchmarks import harness
 from benchmarks.harness import Options, Row
 from examples import credit, digits, images, text
+from pennyweight.accelerate.tune import tune
 from pennyweight.core.errors import Infeasible
 from pennyweight.data import loaders
 from pennyweight.data.dataset import Dataset, Split
 from pennyweight.model import graph, keras, metrics
+from pennyweight.model.bundle import Bundle, Runtime, load, save
 from pennyweight.model.spec import Model
 from pennyweight.model.train import Fit, Recipe, scores
 from pennyweight.optimize import prove
@@ -44,6 +52,14 @@ ROWS = 100
 
 
 @dataclasses.dataclass(frozen=True)
+class Setting(Options):
+    """What was asked for."""
+
+    cache: Path
+    """Folder of what searches came to."""
+
+
+@dataclasses.dataclass(frozen=True)
 class Bars:
     """What an application must reach."""
 
@@ -55,7 +71,7 @@ class Bars:
 
 
 def compressed(
-    id: str, model: Any, parts: Split, budget: str, recipe: Recipe, fit: Fit, bars: Bars, o: Options
+    id: str, model: Any, parts: Split, budget: str, recipe: Recipe, fit: Fit, bars: Bars, o: Setting
 ) -> tuple[list[Row], pennyweight.Bundle | None]:
     """The rows of one optimization and its bundle; ``bars.rows`` are scored at once."""
     settings: dict[str, Any] = (
@@ -106,7 +122,7 @@ def _folder() -> Path:
     return Path(tempfile.mkdtemp(prefix="pennyweight-applications-"))
 
 
-def keras_mnist(o: Options) -> list[Row]:
+def keras_mnist(o: Setting) -> list[Row]:
     """The classic: training against ``keras.fit``, then compression."""
     parts = loaders.mnist(o.data / "mnist-5k", _folder() / "mnist")
     recipe = dataclasses.replace(digits.RECIPE, epochs=2 if o.quick else 10)
@@ -125,14 +141,17 @@ def keras_mnist(o: Options) -> list[Row]:
         "keras-mnist", "training_speedup", speedup, float(ratios.min()), float(ratios.max()), bar=5, note=note,
         peer=f"keras {digits.keras.__version__} on torch {torch.__version__}", peer_value=float(np.median(theirs)),
     )  # fmt: skip
-    folds = [_digits(fold, o) for fold in range(1 if o.quick else 5)]
-    return [training, *pooled("keras-mnist", folds, Bars(10, 3, 0.003, 1000))]
+    return [training, *pooled("keras-mnist", folds("keras-mnist", o), Bars(10, 3, 0.003, 1000))]
 
 
-def _digits(fold: int, o: Options) -> Fold:
+def _digits(fold: int, o: Setting) -> Question:
     parts = loaders.mnist(o.data / "mnist-5k", _folder() / f"mnist-{fold}", fold=fold)
-    model, fit = digits.trained(parts, fold)
-    return one(model, model, parts, digits.BUDGET, digits.RECIPE, fit, 1000, {"epochs": 40}, o)
+
+    def search() -> Pair:
+        model, fit = digits.trained(parts, fold)
+        return searched(model, model, parts, digits.BUDGET, digits.RECIPE, fit, 1000, {"epochs": 40}, o)
+
+    return Question(parts, 1000, search)
 
 
 def train_times(parts: Split, recipe: Recipe, threads: int, rounds: int) -> tuple[list[float], list[float], float, float]:
@@ -162,7 +181,7 @@ def train_times(parts: Split, recipe: Recipe, threads: int, rounds: int) -> tupl
     return theirs[1:], ours[1:], float(accuracy[0]), float(accuracy[1])
 
 
-def cnn_mnist(o: Options) -> list[Row]:
+def cnn_mnist(o: Setting) -> list[Row]:
     """Images."""
     parts = loaders.mnist(o.data / "mnist-5k", _folder() / "mnist")
     net, fit = images.trained(parts)
@@ -172,32 +191,62 @@ def cnn_mnist(o: Options) -> list[Row]:
     return [first, *rest]
 
 
-def movie_review(o: Options) -> list[Row]:
+def movie_review(o: Setting) -> list[Row]:
     """Text: ten folds for the baseline and for the proof, whose rows are put together."""
     id = "text-cnn/movie-review"
-    root, out = o.data / "movie-review", _folder()
-    numbers = range(1 if o.quick else FOLDS)
-    folds = [_text(loaders.movie_review(root, out / f"review-{k}", fold=k), k, o) for k in numbers]
-    base = [f.accuracy for f in folds]
+    found = folds(id, o)
+    base = [f.accuracy for f in found]
     note = f"test accuracy over {len(base)} folds"
     first = Row(id, "baseline", float(np.mean(base)), min(base), max(base), bar=0.75, note=note)
-    return [first, *pooled(id, folds, Bars(10, 2, 0.01))]
+    return [first, *pooled(id, found, Bars(10, 2, 0.01))]
 
 
-def sms_spam(o: Options) -> list[Row]:
+def sms_spam(o: Setting) -> list[Row]:
     """Text again, where the classes are uneven: one split."""
-    id, parts = "text-cnn/sms-spam", loaders.sms_spam(o.data / "sms-spam", _folder() / "spam")
-    fold = _text(parts, 0, o, seconds=400)
-    base = fold.accuracy
-    return [Row(id, "baseline", base, base, base, note="test accuracy"), *pooled(id, [fold], Bars(10, 2, 0.01))]
+    id = "text-cnn/sms-spam"
+    found = folds(id, o)
+    base = found[0].accuracy
+    return [Row(id, "baseline", base, base, base, note="test accuracy"), *pooled(id, found, Bars(10, 2, 0.01))]
 
 
-def _text(parts: Split, seed: int, o: Options, seconds: float = 200) -> Fold:
-    net, fit = text.trained(parts, seed)
-    length = parts.train.schema["text"].length
-    given = graph.of(net, (torch.zeros(2, length, dtype=torch.int64),), ("text",))
-    settings = {"seconds": seconds, "epochs": 6, "tries": 2, "teachers": 0}
-    return one(net, given, parts, text.BUDGET, text.RECIPE, fit, ROWS, settings, o)
+def _review(fold: int, o: Setting) -> Question:
+    return _text(loaders.movie_review(o.data / "movie-review", _folder() / f"review-{fold}", fold=fold), fold, o)
+
+
+def _spam(_: int, o: Setting) -> Question:
+    return _text(loaders.sms_spam(o.data / "sms-spam", _folder() / "spam"), 0, o, seconds=400)
+
+
+def _text(parts: Split, seed: int, o: Setting, seconds: float = 200) -> Question:
+    def search() -> Pair:
+        net, fit = text.trained(parts, seed)
+        length = parts.train.schema["text"].length
+        given = graph.of(net, (torch.zeros(2, length, dtype=torch.int64),), ("text",))
+        settings = {"seconds": seconds, "epochs": 6, "tries": 2, "teachers": 0}
+        return searched(net, given, parts, text.BUDGET, text.RECIPE, fit, ROWS, settings, o)
+
+    return Question(parts, ROWS, search)
+
+
+Pair = tuple[Bundle, Bundle]
+"""The model as given, and the best of the search."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Question:
+    """One fold: its rows, how many are timed at once, and the search."""
+
+    parts: Split
+    rows: int
+    search: Callable[[], Pair]
+
+
+FOLDED: dict[str, tuple[int, Callable[[int, Setting], Question]]] = {
+    "keras-mnist": (5, _digits),
+    "text-cnn/movie-review": (10, _review),
+    "text-cnn/sms-spam": (1, _spam),
+}
+"""How many folds a row has, and one of them."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -212,7 +261,28 @@ class Fold:
     """1 where the given model, and the best of the search, are right on the test rows."""
 
 
-def one(
+def folds(id: str, o: Setting) -> list[Fold]:
+    """All folds of a row, searched if they were not yet, then timed."""
+    return [timed(question, found(id, fold, question, o)) for fold, question in questions(id, o)]
+
+
+def questions(id: str, o: Setting) -> Iterator[tuple[int, Question]]:
+    """The folds of a row, one after the other."""
+    count, of = FOLDED[id]
+    yield from ((fold, of(fold, o)) for fold in range(1 if o.quick else count))
+
+
+def found(id: str, fold: int, question: Question, o: Setting) -> Pair:
+    """What a fold's search came to, from the cache where it is there."""
+    folder = o.cache / id / f"fold-{fold}"
+    names = ("given", "best")
+    if not all((folder / name / "manifest.json").exists() for name in names):
+        for name, bundle in zip(names, question.search(), strict=True):
+            save(bundle, folder / name)
+    return load(folder / "given"), load(folder / "best")
+
+
+def searched(
     model: Any,
     given: Model,
     parts: Split,
@@ -221,29 +291,40 @@ def one(
     fit: Fit,
     rows: int,
     settings: dict[str, Any],
-    o: Options,
-) -> Fold:
+    o: Setting,
+) -> Pair:
     """One fold's optimization; what its own thousand rows cannot prove, all folds' together may, so the safest goes to that.
 
-    The given model is timed with one thread and with the default, and the faster counts. Where nothing kept the budget it
-    stays as it is.
+    Where nothing kept the budget the model stays as it is.
     """
     if o.quick:
         settings = {"seconds": 20, "epochs": 1, "tries": 1, "teachers": 0, "force": True}
     settings = {**settings, "recipe": recipe, "trained": fit, "rows": rows}
-    before_ = pennyweight.Bundle(given, catalog=parts.train.catalog)
+    before = Bundle(given, catalog=parts.train.catalog)
     try:
         outcome = pennyweight.optimize(model, parts, QUICK if o.quick else budget, **settings)  # type: ignore[operator]
-        best = outcome.bundle if outcome.result.chosen else outcome.safest
+        return before, outcome.bundle if outcome.result.chosen else outcome.safest
     except Infeasible:
-        best = before_
-    alone = before_.replace(runtime=dataclasses.replace(before_.runtime, threads=1))
-    *given_, after = race([before_, alone, best], Bench.of(parts.test, rows))
-    labels = parts.test.column("label").astype(np.float64)
-    right = tuple(_right(run(b, parts.test), labels) for b in (before_, best))
+        return before, before
+
+
+def timed(question: Question, pair: Pair) -> Fold:
+    """The given model with one thread and with the default, of which the faster counts, and the best tuned to this machine."""
+    (before, best), (_, valid, test) = pair, question.parts
+    one = before.replace(runtime=dataclasses.replace(before.runtime, threads=1))
+    best = _tuned(best, valid, question.rows) if best.plan else best
+    *given, after = race([before, one, best], Bench.of(test, question.rows))
+    labels = test.column("label").astype(np.float64)
+    right = tuple(_right(run(b, test), labels) for b in (before, best))
     plan = " + ".join(str(step["transform"]) for step in best.plan) or "as given"
-    faster = min(c.p50_ms for c in given_) / after.p50_ms
-    return Fold(float(right[0].mean()), before_.bytes / after.bytes, faster, plan, (right[0], right[1]))
+    faster = min(c.p50_ms for c in given) / after.p50_ms
+    return Fold(float(right[0].mean()), before.bytes / after.bytes, faster, plan, (right[0], right[1]))
+
+
+def _tuned(bundle: Bundle, valid: Dataset, rows: int) -> Bundle:
+    requests = [make() for make in Bench.of(valid, rows).requests[:8]]
+    chosen, _ = tune(bundle, requests, seconds=15, engines=("eager", "onnxruntime"))
+    return bundle.replace(runtime=Runtime(chosen.engine, chosen.threads, chosen.batch))
 
 
 def _right(scores: Any, labels: Any) -> Any:
@@ -277,7 +358,7 @@ def pooled(id: str, folds: Sequence[Fold], bars: Bars) -> list[Row]:
     ]
 
 
-def risk(o: Options) -> list[Row]:
+def risk(o: Setting) -> list[Row]:
     """Financial risk: level with gradient boosting, and calibrated as before."""
     raw = loaders.credit_default(o.data / "credit-default", _folder() / "credit")
     parts = credit.normal(raw)
@@ -320,7 +401,7 @@ def _quality(metric: str, net: torch.nn.Module, data: Dataset, inputs: Sequence[
     return metrics.METRICS[metric].of(data.column("label"), scores(net, data, inputs=inputs))
 
 
-MEASURED: dict[str, Callable[[Options], list[Row]]] = {
+MEASURED: dict[str, Callable[[Setting], list[Row]]] = {
     "keras-mnist": keras_mnist,
     "cnn-mnist": cnn_mnist,
     "text-cnn/movie-review": movie_review,
@@ -328,5 +409,22 @@ MEASURED: dict[str, Callable[[Options], list[Row]]] = {
     "credit": risk,
 }
 
+
+def main(argv: Sequence[str]) -> None:
+    """Everything, or the rows asked for with --only."""
+    own = argparse.ArgumentParser(add_help=False)
+    own.add_argument("--cache", type=Path, help="folder for what searches came to; a new one after a change (default: none)")
+    own.add_argument("--search", action="store_true", help="search the folds of --only into --cache, and time nothing")
+    asked, rest = own.parse_known_args(argv)
+    cache = (asked.cache or _folder() / "found").absolute()
+    if not asked.search:
+        rows = {id: lambda o, of=of: of(Setting(o.quick, o.data, o.seeds, cache)) for id, of in MEASURED.items()}  # type: ignore[misc]
+        return harness.run("applications", rows, timed=True, argv=argv, parents=[own])
+    given = harness.arguments("applications", FOLDED, 1, rest)
+    for id in given.only or FOLDED:
+        for fold, question in questions(id, o := Setting(given.quick, given.data, given.seeds, cache)):
+            print(id, fold, found(id, fold, question, o)[1].plan, flush=True)
+
+
 if __name__ == "__main__":
-    harness.run("applications", MEASURED, timed=True)
+    main(sys.argv[1:])

@@ -13,7 +13,7 @@ import datetime
 import json
 import subprocess
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -88,7 +88,7 @@ def run(
         argv: arguments instead of the command line's.
         parents: of arguments the benchmark reads itself.
     """
-    given = _arguments(name, rows, seeds, argv, parents)
+    given = arguments(name, rows, seeds, argv, parents)
     options = Options(given.quick, given.data, 1 if given.quick else given.seeds)
     for id in given.only or rows:
         if timed and not options.quick:
@@ -123,13 +123,14 @@ def show(rows: Sequence[Row], *, claim: bool = True) -> None:
         )
 
 
-def _arguments(
+def arguments(
     name: str,
-    rows: Mapping[str, Measure],
+    rows: Iterable[str],
     seeds: int,
-    argv: Sequence[str] | None,
-    parents: Sequence[argparse.ArgumentParser],
+    argv: Sequence[str] | None = None,
+    parents: Sequence[argparse.ArgumentParser] = (),
 ) -> argparse.Namespace:
+    """What the command line says to a benchmark."""
     parser = argparse.ArgumentParser(prog=f"python -m benchmarks.{name}", parents=parents)
     parser.add_argument("--quick", action="store_true", help="under a minute: check the harness, write nothing")
     parser.add_argument(
