@@ -497,7 +497,8 @@ class Search:
             self.budget.describe(),
             str(self.env.seed),
         ]
-        asked = [self.options.metric, str(self.options.epochs), *self.options.skip]
+        o = self.options
+        asked = [o.metric, str(o.epochs), o.objective, o.against, *o.skip]
         return hashlib.sha256("|".join([*given, *asked]).encode()).hexdigest()
 
     def recall_record(self) -> None:
@@ -512,7 +513,7 @@ class Search:
         head = json.loads(file.read_bytes())
         if head["fingerprint"] != self.fingerprint:
             raise ConfigError(
-                f"{file} is a search of another model, data or budget; name another folder or leave --resume away"
+                f"{file} is a search of another model, data, budget or objective; name another folder or leave --resume away"
             )
         found = [decode(Trial, t, f"{file}.trials") for t in head["trials"]]
         self.known = {_key(t.plan): t for t in found if t.measured is not None}

@@ -121,8 +121,11 @@ def test_finished_trials_are_taken_from_disk(run: Path, tmp_path: Path) -> None:
 
 def test_resume_refuses_a_search_of_something_else(run: Path, tmp_path: Path) -> None:
     job.improve(run, parse("bytes <= 25kB, auc drop <= 0.01"), QUICK, out=tmp_path)
-    with pytest.raises(ConfigError, match="another model, data or budget"):
+    with pytest.raises(ConfigError, match="another model, data, budget or objective"):
         job.improve(run, parse("bytes <= 24kB, auc drop <= 0.01"), QUICK, out=tmp_path, resume=True)
+    smaller = dataclasses.replace(QUICK, objective="bytes")
+    with pytest.raises(ConfigError, match="another model, data, budget or objective"):
+        job.improve(run, parse("bytes <= 25kB, auc drop <= 0.01"), smaller, out=tmp_path, resume=True)
 
 
 def test_ctrl_c_goes_to_the_proof_with_what_there_is(run: Path, tmp_path: Path) -> None:
