@@ -29,7 +29,7 @@ from pennyweight.core.errors import ConfigError, DataError, DeviceError, Infeasi
 from pennyweight.core.hardware import Topology
 from pennyweight.data.arrays import EXAMPLE, Pairs
 from pennyweight.data.dataset import Dataset, Split
-from pennyweight.distribute.planner import Place
+from pennyweight.distribute.place import Place
 from pennyweight.job import draw
 from pennyweight.job import epochs as history
 from pennyweight.model import graph, keras, onnx

@@ -42,7 +42,7 @@ from pennyweight.core.hardware import Device, Topology
 from pennyweight.data.dataset import Dataset
 from pennyweight.data.requests import Trace
 from pennyweight.data.schema import Column, Schema
-from pennyweight.distribute.planner import Place
+from pennyweight.distribute.place import Place
 from pennyweight.model.bundle import Bundle, Index, Priority, Tenant, Variant, load, save
 from pennyweight.model.cascade import Cascade
 from pennyweight.model.onnx import read

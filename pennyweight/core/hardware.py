@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.metadata
+import math
 import os
 import platform
 import shutil
@@ -21,6 +22,8 @@ from typing import Any, Literal
 
 import psutil
 import torch
+
+from pennyweight.core.errors import ConfigError
 
 FEATURES = {
     "avx2": "avx2", "avx512f": "avx512", "avx512_vnni": "avx512_vnni", "avx_vnni": "avx_vnni", "avx512_bf16": "avx512_bf16",
@@ -51,10 +54,99 @@ class Device:
 
 
 @dataclasses.dataclass(frozen=True)
+class Link:
+    """A network as two numbers, alpha and beta (Hockney 1994): a fixed time for a message, and a rate for its bytes."""
+
+    latency_us: float
+    """A collective operation's fixed cost for each step it takes, in microseconds."""
+    bytes_per_s: float
+    """What one worker sends while it receives as much and its neighbours do the same."""
+
+    def __post_init__(self) -> None:
+        if not (
+            math.isfinite(self.latency_us) and self.latency_us >= 0 and math.isfinite(self.bytes_per_s) and self.bytes_per_s > 0
+        ):
+            raise ConfigError(
+                f"a link of {self.latency_us:g} us and {self.bytes_per_s:g} bytes/s: give 0 or more, and a rate above 0"
+            )
+
+    def seconds(self, bytes: float, steps: float = 1.0) -> float:
+        """Time of a transfer of so many bytes in so many steps."""
+        return steps * self.latency_us / 1e6 + bytes / self.bytes_per_s
+
+
+@dataclasses.dataclass(frozen=True)
+class Rates:
+    """What one worker does in a second; see ``distribute.calibrate`` for how it is measured."""
+
+    flops: float
+    """Dense fp32 operations (a multiply and an add are two)."""
+    rows: float
+    """Rows of a table found, without their bytes: what a lookup of a narrow row costs."""
+    bytes: float
+    """Bytes of rows or of weights that are read or written."""
+    call_us: float = 0.0
+    """One operation called on next to nothing, in microseconds."""
+
+    def __post_init__(self) -> None:
+        if not all(math.isfinite(v) and v > 0 for v in (self.flops, self.rows, self.bytes)) or not 0 <= self.call_us < math.inf:
+            raise ConfigError(f"rates are finite and above 0, got {self}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Price:
+    """What hardware costs; all 0 is no price."""
+
+    host_hour: float = 0.0
+    """A host for an hour, whatever it holds."""
+    gb_hour: float = 0.0
+    """A GB of memory held for an hour."""
+    currency: str = "USD"
+
+    def __post_init__(self) -> None:
+        if not all(math.isfinite(v) and v >= 0 for v in (self.host_hour, self.gb_hour)):
+            raise ConfigError(
+                f"prices are finite and not negative, got {self.host_hour:g} an hour, {self.gb_hour:g} a GB and hour"
+            )
+
+
+@dataclasses.dataclass(frozen=True)
 class Topology:
-    """The devices there are, the CPU first."""
+    """The devices of a host, the CPU first, and how many hosts there are, all alike."""
 
     devices: tuple[Device, ...]
+    hosts: int = 1
+    workers: int = 1
+    """Of each host. They share its CPU's cores and memory; where there are as many GPUs, each has one of its own."""
+    inside: Link | None = None
+    """Between workers of one host; None where it was not measured."""
+    between: Link | None = None
+    """From a worker to those of other hosts while all of its host do the same."""
+    rates: Rates | None = None
+    """What one worker does when it has a core (or a GPU) to itself."""
+    price: Price = Price()
+
+    def __post_init__(self) -> None:
+        if self.hosts < 1 or self.workers < 1:
+            raise ConfigError(f"{self.hosts} hosts of {self.workers} workers: give 1 or more of each")
+
+    @property
+    def world(self) -> int:
+        """Workers on all hosts."""
+        return self.hosts * self.workers
+
+    @property
+    def worker_bytes(self) -> int:
+        """Memory one worker may use: its GPU's, or its share of the host's."""
+        if self.gpus and self.workers <= len(self.gpus):
+            return min(g.memory_bytes for g in self.gpus)
+        return self.cpu.memory_bytes // self.workers
+
+    @property
+    def crowding(self) -> float:
+        """Workers for each core (or GPU) of a host, at least 1: how much longer each takes than one with a core to itself."""
+        places = len(self.gpus) or self.cpu.cores
+        return max(1.0, self.workers / places)
 
     @property
     def cpu(self) -> Device:

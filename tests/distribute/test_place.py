@@ -10,7 +10,7 @@ from pennyweight.core.errors import ConfigError, PlanError
 from pennyweight.core.hardware import Device, Topology
 from pennyweight.data.catalog import Catalog, Vocabulary
 from pennyweight.data.schema import Column, Schema
-from pennyweight.distribute.planner import Place, tables
+from pennyweight.distribute.place import Place, tables
 from pennyweight.model.bundle import Bundle
 from pennyweight.model.ranking import DNN
 from pennyweight.model.spec import Model, build, spec_of

@@ -6,8 +6,8 @@ left: the GPUs, then the CPU's memory, then, where allowed, the disk, memory-map
 every example: they go first, and are counted on the CPU too, through which they are loaded. This greedy rule is at most one
 table from the best split; an integer program would find that table, and could not be explained in a line.
 
-A table is never cut here. Sharding one over several workers (by table, row or column) is a later part's job, with TorchRec's
-planner. What is assumed and not measured: that a GPU is faster for what fits in it.
+A table is never cut here; over several workers, ``distribute.planner`` does that. What is assumed and not measured: that a GPU
+is faster for what fits in it.
 """
 
 from __future__ import annotations
