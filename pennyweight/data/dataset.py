@@ -237,18 +237,28 @@ class Dataset:
         return Split(*(dataclasses.replace(p, catalog=catalog) for p in (train, valid, test)))
 
     def batches(
-        self, size: int, *, shuffle: bool = False, seed: int = 0, start: int = 0, drop_last: bool = False
+        self,
+        size: int,
+        *,
+        shuffle: bool = False,
+        seed: int = 0,
+        start: int = 0,
+        drop_last: bool = False,
+        part: tuple[int, int] = (0, 1),
     ) -> Iterator[dict[str, Tensor]]:
         """Batches of ``size`` rows, each a dict of tensors by column name.
 
         Categorical int64 [B]; sequence int64 [B, L], 0-padded; numeric float32 [B] or [B, N]; label float32 [B], or int64
-        classes [B] where the label has a size; time int64 [B]. ``start`` skips that many batches without reading them.
+        classes [B] where the label has a size; time int64 [B]. ``start`` skips that many batches without reading them. With
+        ``part`` (k, n) only the rows of the k-th of n equal parts of each batch are read.
         """
         if size < 1 or start < 0:
             raise ConfigError(f"batches of {size} rows from batch {start}: size must be at least 1 and start at least 0")
         for rows in _cut(self._order(shuffle, seed), size, start * size):
             if not drop_last or len(rows) == size:
-                yield {c.name: _tensor(c, self._gather(c.name, rows)) for c in self.schema.columns}
+                k, n = part
+                mine = rows[len(rows) * k // n : len(rows) * (k + 1) // n]
+                yield {c.name: _tensor(c, self._gather(c.name, mine)) for c in self.schema.columns}
 
     def _order(self, shuffle: bool, seed: int) -> Iterator[npt.NDArray[np.int64]]:
         """Every row number once, a window at a time; the pages of a past window are given back."""

@@ -9,6 +9,7 @@ Row 0 of a table is padding and is zero; a replacement keeps that, since pooled 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby
 
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 
 from pennyweight.core.errors import ConfigError
 from pennyweight.data.schema import PAD, Column
+from pennyweight.model import team
 from pennyweight.model.spec import Batch
 
 
@@ -216,9 +218,12 @@ class Dropout(nn.Dropout):
         cut = round(256 * self.p)
         if not self.training or not cut:
             return x
-        words = torch.empty(-(-x.numel() // 8), dtype=torch.int64, device=x.device).random_(-(2**63), None)
+        part = team.part()
+        shape = (part.total, *x.shape[1:]) if part is not None and len(x) == part.rows else x.shape
+        words = torch.empty(-(-math.prod(shape) // 8), dtype=torch.int64, device=x.device).random_(-(2**63), None)
+        drawn = words.view(torch.uint8)[: math.prod(shape)].view(shape)
         # Compared as floats, in place: PyTorch neither compares bytes nor multiplies by booleans at full speed.
-        kept = words.view(torch.uint8)[: x.numel()].view(x.shape).to(x.dtype).ge_(cut)
+        kept = (drawn if shape == x.shape or part is None else part.of(drawn)).to(x.dtype).ge_(cut)
         up = 256 / (256 - cut)
         return x * kept.mul_(up) if x.dtype in (torch.float32, torch.float64) else x * kept * up
 

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from pennyweight.core.errors import ConfigError, DataError
 from pennyweight.data.dataset import Dataset
 from pennyweight.data.schema import FIRST, Schema
+from pennyweight.model import team
 from pennyweight.model.spec import Batch, call
 
 Loss = Callable[[Batch], Tensor]
@@ -57,7 +58,8 @@ def row_loss(module: nn.Module, name: str, label: str, inputs: Sequence[str], al
     def of(batch: Batch) -> Tensor:
         output = call(module, batch, inputs)
         loss = hard(output, batch[label])
-        return (1 - alpha) * loss + alpha * soft(output, batch[TEACHER]) if TEACHER in batch else loss
+        loss = (1 - alpha) * loss + alpha * soft(output, batch[TEACHER]) if TEACHER in batch else loss
+        return team.mean(loss, len(output))
 
     return of
 
@@ -293,7 +295,9 @@ def pair_loss(
 
 def _fought(contest: Contest, module: Retriever, pairs: Callable[[Batch], Pairs], batch: Batch) -> Tensor:
     found = pairs(batch)
-    return contest.hard(contest.scores(module, found, contest.rivals(found)), found)
+    with team.computing(team.counted(len(found.items))):
+        scores = contest.scores(module, found, contest.rivals(found))
+        return team.mean(contest.hard(scores, found), len(found.items))
 
 
 def _contest(name: str, data: Dataset, items: Items, negatives: int, popularity: float, calibration: float) -> Contest:
@@ -349,7 +353,9 @@ def _bpr(items: Items, draw: Draw, liked: Liked | None) -> Contest:
     """Bayesian personalized ranking (Rendle et al. 2009): the right item above one drawn for each pair."""
 
     def margins(module: Retriever, pairs: Pairs, ids: Tensor) -> Tensor:
-        better, worse = _vectors(module, items, torch.cat([pairs.items, ids])).chunk(2)
+        part = team.part()
+        with team.computing(part and part.twice()):
+            better, worse = _vectors(module, items, torch.cat([pairs.items, ids])).chunk(2)
         return (pairs.vectors * (better - worse)).sum(1)
 
     return Contest(lambda pairs: _unliked(pairs, draw, liked), margins, lambda s, pairs: F.softplus(-s).mean(), _soft_bce)
@@ -357,14 +363,15 @@ def _bpr(items: Items, draw: Draw, liked: Liked | None) -> Contest:
 
 def _unliked(pairs: Pairs, draw: Draw, liked: Liked | None, tries: int = 3) -> Tensor:
     """An item for each pair; one the user likes is drawn again, a few times (who likes most of a catalog keeps some)."""
-    wrong = draw(len(pairs.items))
+    wrong = team.drawn(len(pairs.items), draw)
     if liked is None or pairs.users is None:
         return wrong
     for _ in range(tries):
         again = liked(pairs.users, wrong).nonzero().squeeze(1)
-        if not len(again):
+        part = team.counted(len(again))
+        if not part.total:
             break
-        wrong[again] = draw(len(again))
+        wrong[again] = part.of(draw(part.total))
     return wrong
 
 
@@ -372,7 +379,7 @@ def _every(items: Items) -> Contest:
     """Cross-entropy of the right item among all items."""
 
     def scores(module: Retriever, pairs: Pairs, ids: Tensor) -> Tensor:
-        return pairs.vectors @ _vectors(module, items, ids).T
+        return pairs.vectors @ _rivals(module, items, ids).T
 
     every = torch.arange(FIRST, len(items))
     return Contest(lambda _: every, scores, lambda s, pairs: F.cross_entropy(s, pairs.items - FIRST), _soft_softmax)
@@ -387,7 +394,7 @@ def _drawn(items: Items, draw: Draw) -> Contest:
 
     def scores(module: Retriever, pairs: Pairs, ids: Tensor) -> Tensor:
         right = (pairs.vectors * _vectors(module, items, pairs.items)).sum(1, keepdim=True)
-        wrong = pairs.vectors @ _vectors(module, items, ids).T - (draw.size * draw.chance[ids]).log()
+        wrong = pairs.vectors @ _rivals(module, items, ids).T - (draw.size * draw.chance[ids]).log()
         return torch.cat([right, wrong.masked_fill(pairs.items.unsqueeze(1) == ids, -math.inf)], 1)
 
     return Contest(lambda _: draw(draw.size), scores, _first, _soft_softmax)
@@ -397,11 +404,15 @@ def _within(items: Items, draw: Draw) -> Contest:
     """The same with the other pairs' right items for those drawn, expected as often as they occur (Yi et al. 2019)."""
 
     def scores(module: Retriever, pairs: Pairs, ids: Tensor) -> Tensor:
-        scores = pairs.vectors @ _vectors(module, items, ids).T
+        scores = pairs.vectors @ _rivals(module, items, ids).T
         wrong = scores - (len(ids) * draw.natural[ids]).log()
-        return torch.cat([scores.diagonal().unsqueeze(1), wrong.masked_fill(ids.unsqueeze(1) == ids, -math.inf)], 1)
+        part = team.part()
+        right = scores.diagonal(part.spans[0][0] if part else 0)[: len(scores)].unsqueeze(1)
+        return torch.cat([right, wrong.masked_fill(pairs.items.unsqueeze(1) == ids, -math.inf)], 1)
 
-    return Contest(lambda pairs: pairs.items, scores, _first, _soft_softmax)
+    return Contest(
+        lambda pairs: pairs.items if team.part() is None else team.gathered(pairs.items), scores, _first, _soft_softmax
+    )
 
 
 def _first(scores: Tensor, pairs: Pairs) -> Tensor:
@@ -427,7 +438,7 @@ def _gbce(items: Items, draw: Draw, calibration: float) -> Contest:
 
     def scores(module: Retriever, pairs: Pairs, ids: Tensor) -> Tensor:
         right = (pairs.vectors * _vectors(module, items, pairs.items)).sum(1, keepdim=True)
-        wrong = pairs.vectors @ _vectors(module, items, ids).T
+        wrong = pairs.vectors @ _rivals(module, items, ids).T
         return torch.cat([right, wrong.masked_fill(pairs.items.unsqueeze(1) == ids, -math.inf)], 1)
 
     def hard(scores: Tensor, pairs: Pairs) -> Tensor:
@@ -438,6 +449,12 @@ def _gbce(items: Items, draw: Draw, calibration: float) -> Contest:
         return _soft_bce(t, scores[keep], told[keep])
 
     return Contest(lambda _: draw(draw.size), scores, hard, soft)
+
+
+def _rivals(module: Retriever, items: Items, ids: Tensor) -> Tensor:
+    """Vectors of items that all pairs share, the same on all workers."""
+    with team.computing(None):
+        return _vectors(module, items, ids)
 
 
 def _vectors(module: Retriever, items: Items, ids: Tensor) -> Tensor:

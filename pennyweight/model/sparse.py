@@ -198,7 +198,7 @@ class Sparse:
         module.__dict__["forward"] = forward
 
 
-def trained(module: nn.Module) -> Iterator[nn.Module]:
+def trained(module: nn.Module) -> Iterator[nn.Embedding | nn.EmbeddingBag]:
     """The tables of a module that can be trained by touched rows, each weight once."""
     seen = set()
     for table in module.modules():
@@ -212,7 +212,7 @@ def trained(module: nn.Module) -> Iterator[nn.Module]:
 
 def numbers(module: nn.Module) -> int:
     """Numbers in the tables that can be trained by touched rows."""
-    return sum(t.get_parameter("weight").numel() for t in trained(module))
+    return sum(t.num_embeddings * t.embedding_dim for t in trained(module))  # not of the weight, which may be a part
 
 
 def summed(ids: Tensor, gradients: Tensor) -> tuple[Tensor, Tensor]:

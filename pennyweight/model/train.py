@@ -11,6 +11,9 @@ deadline or Ctrl-C at any moment leaves the best so far in the module. The cost 
 Half of a step on a CPU used to be spent beside the matrix products: on memory that is freed and faulted in again
 (``core/memory``), on dropout (``model/layers``), on tables visited whole (``model/sparse``). ``torch.compile`` of the loss was
 tried: on two cores it took a minute to build, and the step it gave was no faster than these.
+
+The loop is the same for workers that train one model together. What they must do as one (add up gradients, look rows up in
+tables that are cut, decide to stop, keep the state) is asked of ``Workers``, whom ``distribute`` brings.
 """
 
 from __future__ import annotations
@@ -21,10 +24,10 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import FrameType
-from typing import Any, Literal, cast
+from typing import Any, Literal, Protocol, cast
 
 import numpy as np
 import safetensors
@@ -39,7 +42,7 @@ from pennyweight.core.config import dumps, encode, loads, write
 from pennyweight.core.errors import ConfigError, DataError
 from pennyweight.data.dataset import Dataset
 from pennyweight.data.schema import FIRST, Column, Schema
-from pennyweight.model import losses, metrics, sparse
+from pennyweight.model import losses, metrics, sparse, team
 from pennyweight.model.metrics import METRICS, Lists, Ranked
 from pennyweight.model.mixed import Halved
 from pennyweight.model.sparse import Sparse
@@ -163,6 +166,67 @@ class Progress:
     """Seconds left if no early stop comes."""
 
 
+class Tables(Protocol):
+    """Who trains a module's tables in place of the optimizer (``model/sparse``), in the order of these methods."""
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        """The weights that the optimizer does not step."""
+
+    def clear(self) -> None:
+        """Forget the gradients of a batch."""
+
+    def gather(self) -> Iterable[Tensor]:
+        """The gradients of the rows a batch touched, summed by row."""
+
+    def step(self, lr: float, scale: float = 1.0) -> None:
+        """Move them along their gradients, times ``scale``."""
+
+    def state(self) -> dict[str, Tensor]:
+        """What to keep to go on exactly, by name."""
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        """Go on from such a state."""
+
+    def release(self) -> None:
+        """Leave the module as it was found."""
+
+
+class Keeper(Protocol):
+    """Where the state of a training is kept."""
+
+    def save(self, tensors: Mapping[str, Tensor], notes: Mapping[str, str]) -> None:
+        """Keep this state in place of an older one."""
+
+    def load(self) -> tuple[dict[str, Tensor], Mapping[str, str]] | None:
+        """The state kept last, if there is one."""
+
+
+class Workers(team.Team, Protocol):
+    """A team whose processes each run this loop on their part of every batch, and end with the same weights."""
+
+    every: int
+    """Steps between two checkpoints inside an epoch; 0 leaves it to the clock."""
+
+    def lend(self, module: nn.Module, kind: str, recipe: Recipe) -> Tables:
+        """Prepare a module for its part of a batch, and take over its tables, trained as ``kind`` says."""
+
+    def expect(self, params: Sequence[nn.Parameter]) -> None:
+        """Gradients of these are about to be computed: add each up over all workers as soon as it is there."""
+
+    def settle(self) -> None:
+        """Wait for the sums."""
+
+    def norm(self, whole: Sequence[Tensor]) -> float:
+        """The norm of all gradients, of which ``whole`` are the same on all workers."""
+
+    def agree(self, loss: Tensor, wishes: tuple[bool, ...]) -> tuple[Tensor, tuple[bool, ...]]:
+        """The loss of the whole batch, and what any worker wishes."""
+
+    def keeper(self, path: Path) -> Keeper:
+        """Where the workers keep their state."""
+
+
 def fit(
     module: nn.Module,
     train: Dataset,
@@ -175,6 +239,7 @@ def fit(
     checkpoint: Path | None = None,
     progress: Callable[[Progress | EpochLog], None] | None = None,
     deadline_s: float | None = None,
+    workers: Workers | None = None,
 ) -> Fit:
     """Train a module in place; it ends in evaluation mode with the weights of its best epoch.
 
@@ -189,6 +254,7 @@ def fit(
         checkpoint: a file to keep the exact state in. If it exists, training goes on from it.
         progress: called about twice a second, and with an epoch's log when it was judged.
         deadline_s: seconds after which training stops, validation included.
+        workers: who trains with this process, all calling this alike; the module may then hold its part of the tables only.
 
     Ctrl-C stops after the current step, with the best weights and the checkpoint written; a second one at once.
 
@@ -197,22 +263,26 @@ def fit(
         DataError: the loss is no longer a number.
     """
     began = time.monotonic()
+    if workers is not None and (teacher is not None or recipe.mixup or recipe.dealt):
+        raise ConfigError("teachers, mixup and dealt pairs are for one worker; train without them, or with --workers 1")
     rows = _rows(module, train, recipe)
     taught, batchwise = _taught(rows, teacher, recipe, inputs)
     loss = _loss(module, taught, recipe, inputs, teacher if recipe.dealt else batchwise)
     judge = _judge(train, valid, recipe, inputs)
     identity = "" if checkpoint is None else dumps([encode(recipe), seed, train.fingerprint, _shapes(module)])
-    with torch.random.fork_rng(devices=[]), memory.kept(), _interrupts() as interrupted:
+    with torch.random.fork_rng(devices=[]), memory.kept(), _interrupts() as interrupted, team.working(workers):
         torch.manual_seed(seed)
-        with Learner(module, loss, recipe) as learner:
-            run = _Run(learner, taught, seed, judge, checkpoint, identity, progress, began, deadline_s, interrupted)
+        with Learner(module, loss, recipe, workers) as learner:
+            keeper = None if checkpoint is None else _File(checkpoint) if workers is None else workers.keeper(checkpoint)
+            run = _Run(learner, taught, seed, judge, keeper, identity, progress, began, deadline_s, interrupted)
             return run.go()
 
 
 def scores(module: nn.Module, dataset: Dataset, *, inputs: Sequence[str] = (), batch: int = 8192) -> NDArray[np.float32]:
     """The module's outputs for all rows in order, float32 [n] or [n, classes]; ``batch`` rows at a time."""
     with _evaluating(module):
-        parts = [call(module, rows, inputs).float().numpy() for rows in dataset.batches(batch)]
+        mine = dataset.batches(batch, part=team.seat())
+        parts = [team.gathered(call(module, rows, inputs).float()).numpy() for rows in mine]
     return np.concatenate(parts)
 
 
@@ -255,8 +325,10 @@ class Queries:
         retriever = cast(losses.Retriever, module)
         catalog = self.rows.catalog
         with _evaluating(module):
-            items = retriever.item_vectors(catalog.item_batch(np.arange(catalog.schema.item.size)))
-            users = torch.cat([retriever.user_vectors(b) for b in self.rows.batches(512)])
+            mine = np.arange(*team.share(catalog.schema.item.size))
+            items = team.gathered(retriever.item_vectors(catalog.item_batch(mine)))
+            batches = self.rows.batches(512, part=team.seat())
+            users = torch.cat([team.gathered(retriever.user_vectors(b)) for b in batches])
 
             def score(start: int, stop: int) -> Tensor:
                 scored = users[start:stop] @ items.T
@@ -438,12 +510,16 @@ class Learner:
     (``recipe.tables``, ``recipe.precision``).
     """
 
-    def __init__(self, module: nn.Module, loss: losses.Loss, recipe: Recipe) -> None:
-        self.module, self.loss, self.recipe = module, loss, recipe
+    def __init__(self, module: nn.Module, loss: losses.Loss, recipe: Recipe, workers: Workers | None = None) -> None:
+        self.module, self.loss, self.recipe, self.workers = module, loss, recipe, workers
 
     def __enter__(self) -> Learner:
         kind = _kind(self.module, self.recipe)
-        self.sparse = None if kind == "dense" else Sparse(self.module, kind, self.recipe.embedding_l2)
+        self.sparse: Tables | None = None
+        if self.workers is not None:
+            self.sparse = self.workers.lend(self.module, kind, self.recipe)
+        elif kind != "dense":
+            self.sparse = Sparse(self.module, kind, self.recipe.embedding_l2)
         self.halved = Halved(self.module) if self.recipe.precision == "bf16" else None
         try:
             self.optimizer = optimizer(self.module, self.recipe, self.sparse.parameters if self.sparse else ())
@@ -451,6 +527,7 @@ class Learner:
             self.__exit__()
             raise
         self.stepper = None if self.optimizer is None else _Stepper(self.optimizer)
+        self.names = {id(p): name for name, p in self.module.named_parameters()}
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -458,16 +535,26 @@ class Learner:
             if lent is not None:
                 lent.release()
 
-    def learn(self, batch: Batch, lr: float) -> Tensor:
-        """One step on a batch; its mean loss before it, to be read once there is no hurry."""
+    def learn(self, batch: Batch, lr: float, rows: int = 0) -> Tensor:
+        """One step on a batch; its mean loss before it, to be read once there is no hurry.
+
+        Among workers ``batch`` is this one's part of ``rows`` rows, and what is given back its share of the loss.
+        """
         if self.stepper is not None:
             self.stepper.clear()
         if self.sparse is not None:
             self.sparse.clear()
-        loss = self.loss(batch)
+        if self.workers is None:
+            loss = self.loss(batch)
+        else:
+            with team.computing(team.Part((team.share(rows),), rows)):
+                loss = self.loss(batch)
+            self.workers.expect(self.stepper.params if self.stepper else ())
         loss.backward()  # type: ignore[no-untyped-call]
-        rows = list(self.sparse.gather()) if self.sparse is not None else []
-        scale = self._clipped(rows)
+        touched = list(self.sparse.gather()) if self.sparse is not None else []
+        if self.workers is not None:
+            self.workers.settle()
+        scale = self._clipped(touched)
         if self.stepper is not None:
             self.stepper.step(lr)
         if self.sparse is not None:
@@ -482,22 +569,24 @@ class Learner:
             nn.utils.clip_grad_norm_(self.module.parameters(), self.recipe.clip)
             return 1.0
         own = [p.grad for p in (self.stepper.params if self.stepper else ()) if p.grad is not None]
-        norm = nn.utils.get_total_norm([*own, *rows])
-        scale = min(1.0, self.recipe.clip / (norm.item() + 1e-6))
+        norm = nn.utils.get_total_norm([*own, *rows]).item() if self.workers is None else self.workers.norm(own)
+        scale = min(1.0, self.recipe.clip / (norm + 1e-6))
         for gradient in own:
             gradient.mul_(scale)
         return scale
 
     def state(self) -> dict[str, Tensor]:
         """What the optimizers remember, by name."""
-        held = {} if self.optimizer is None else self.optimizer.state_dict()["state"]
-        state = {f"optimizer.{i}.{k}": v for i, kept in held.items() for k, v in kept.items() if isinstance(v, Tensor)}
+        held = {} if self.optimizer is None else self.optimizer.state
+        of = {self.names[id(p)]: kept for p, kept in held.items()}
+        state = {f"optimizer.{name}.{k}": v for name, kept in of.items() for k, v in kept.items() if isinstance(v, Tensor)}
         return state | ({} if self.sparse is None else {f"tables.{k}": v for k, v in self.sparse.state().items()})
 
     def restore(self, tensors: Mapping[str, Tensor]) -> None:
         """Go on from such a state."""
         if self.optimizer is not None:
-            state = _by_parameter(_under("optimizer.", tensors))
+            params = self.stepper.params if self.stepper else []
+            state = _by_parameter(_under("optimizer.", tensors), [self.names[id(p)] for p in params])
             self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": state})
         if self.sparse is not None:
             self.sparse.restore(_under("tables.", tensors))
@@ -543,7 +632,7 @@ class _Run:
         train: Dataset,
         seed: int,
         judge: Callable[[nn.Module], tuple[float, float]],
-        checkpoint: Path | None,
+        keeper: Keeper | None,
         identity: str,
         progress: Callable[[Progress | EpochLog], None] | None,
         began: float,
@@ -553,7 +642,8 @@ class _Run:
         self.learner, self.train, self.seed = learner, train, seed
         self.module, self.recipe = learner.module, learner.recipe
         self.judge, self.progress = judge, progress
-        self.checkpoint, self.identity = checkpoint, identity
+        self.keeper, self.identity = keeper, identity
+        self.workers = learner.workers
         self.began, self.interrupted = began, interrupted
         self.deadline = math.inf if deadline_s is None else began + deadline_s
         # Batch norm cannot train on a single row: one left over at the end of an epoch waits for the next shuffle.
@@ -586,14 +676,21 @@ class _Run:
         done, first, began = self.state.step, self.state.step, time.monotonic()
         earlier = self.state.seconds
         seed = self.seed * 1_000_003 + self.state.epoch
-        for batch in self.train.batches(self.recipe.batch, shuffle=True, seed=seed, start=done, drop_last=self.drop_last):
-            self.total += self.learner.learn(batch, self._rate(done))
+        size, every = self.recipe.batch, 0 if self.workers is None else self.workers.every
+        order = {"shuffle": True, "seed": seed, "start": done, "drop_last": self.drop_last, "part": team.seat()}
+        for batch in self.train.batches(size, **order):
+            loss = self.learner.learn(batch, self._rate(done), min(size, len(self.train) - done * size))
             done += 1
             now = time.monotonic()
-            if now - self.ticked > TICK_S or done == self.steps:
-                self._tick(done, (done - first) / (now - began), now)
+            tick = now - self.ticked > TICK_S or done == self.steps
             over = self.interrupted.is_set() or now + self.judged_s > self.deadline
-            if over or now - self.saved > SAVE_S:
+            save = now - self.saved > SAVE_S or (every > 0 and done % every == 0)
+            if self.workers is not None:
+                loss, (tick, over, save) = self.workers.agree(loss, (tick, over, save))
+            self.total += loss
+            if tick:
+                self._tick(done, (done - first) / (now - began), now)
+            if over or save:
                 self.state = dataclasses.replace(self.state, step=done, seconds=earlier + now - began)
                 self._save()
             if over:
@@ -670,31 +767,26 @@ class _Run:
 
     def _save(self) -> None:
         self.saved = time.monotonic()
-        if self.checkpoint is None:
+        if self.keeper is None:
             return
         tensors = {f"module.{k}": v for k, v in self.module.state_dict().items()}
         tensors |= {f"best.{k}": v for k, v in self.best.items()}
         tensors |= self.learner.state()
         tensors |= {"total": self.total, "random": torch.get_rng_state()}
-        held = {k: v.detach().contiguous().clone() for k, v in tensors.items()}
-        write(self.checkpoint, safetensors.torch.save(held, {"state": dumps(self.state), "identity": self.identity}))
+        self.keeper.save(tensors, {"state": dumps(self.state), "identity": self.identity})
 
     def _restore(self) -> bool:
         """Go on from the checkpoint, if there is one."""
-        if self.checkpoint is None or not self.checkpoint.exists():
+        found = None if self.keeper is None else self.keeper.load()
+        if found is None:
             return False
-        try:
-            with safetensors.safe_open(str(self.checkpoint), "pt") as file:
-                notes = file.metadata() or {}
-                tensors = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118  (not a mapping)
-        except (OSError, safetensors.SafetensorError) as error:
-            raise ConfigError(f"checkpoint {self.checkpoint} cannot be read ({error}); remove it to start anew") from error
+        tensors, notes = found
         if notes.get("identity") != self.identity:
             raise ConfigError(
-                f"checkpoint {self.checkpoint} is of another training (recipe, seed, data or model differ); "
+                f"checkpoint {self.keeper} is of another training (recipe, seed, data or model differ); "
                 "remove it or name another"
             )
-        self.state = loads(_State, notes["state"], f"{self.checkpoint}: state")
+        self.state = loads(_State, notes["state"], f"{self.keeper}: state")
         self.module.load_state_dict(_under("module.", tensors))
         self.best = _under("best.", tensors)
         self.learner.restore(tensors)
@@ -707,12 +799,37 @@ def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
 
 
-def _by_parameter(flat: Mapping[str, Tensor]) -> dict[int, dict[str, Tensor]]:
+def _by_parameter(flat: Mapping[str, Tensor], names: Sequence[str]) -> dict[int, dict[str, Tensor]]:
+    """What an optimizer keeps of each parameter, by its number as PyTorch counts them."""
+    place = {name: i for i, name in enumerate(names)}
     state: dict[int, dict[str, Tensor]] = {}
-    for name, value in flat.items():
-        number, _, key = name.partition(".")
-        state.setdefault(int(number), {})[key] = value
+    for path, value in flat.items():
+        name, _, key = path.rpartition(".")
+        state.setdefault(place[name], {})[key] = value
     return state
+
+
+class _File:
+    """The state of a training in one file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __str__(self) -> str:
+        return str(self.path)
+
+    def save(self, tensors: Mapping[str, Tensor], notes: Mapping[str, str]) -> None:
+        held = {k: v.detach().contiguous().clone() for k, v in tensors.items()}
+        write(self.path, safetensors.torch.save(held, dict(notes)))
+
+    def load(self) -> tuple[dict[str, Tensor], Mapping[str, str]] | None:
+        if not self.path.exists():
+            return None
+        try:
+            with safetensors.safe_open(str(self.path), "pt") as file:
+                return {k: file.get_tensor(k) for k in file.keys()}, file.metadata() or {}  # noqa: SIM118  (not a mapping)
+        except (OSError, safetensors.SafetensorError) as error:
+            raise ConfigError(f"checkpoint {self.path} cannot be read ({error}); remove it to start anew") from error
 
 
 def _shapes(module: nn.Module) -> list[str]:
