@@ -1,0 +1,106 @@
+"""What goes between workers: a few collectives of ``torch.distributed``, every byte of them counted.
+
+Counted is what a worker sends to others, by what it is for: of an exchange what is addressed to another rank, of a sum over w
+workers the 2 (w - 1) / w of its numbers that a ring sends. Counts of rows and the like are counted too. Gloo's own framing and
+TCP's are not.
+
+A worker that dies closes its connections and the others see that at once; one that stands still is waited for as long as the
+group's time-out. Both end as a ``DeviceError``.
+"""
+
+from __future__ import annotations
+
+import collections
+import datetime
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from pennyweight.core.errors import DeviceError
+
+
+class Wire:
+    """Collectives of one group of ranks.
+
+    Args:
+        group: of ``torch.distributed``; None for all ranks.
+        sent: bytes by purpose, to count into; several wires may share one.
+        timeout: of the group, for messages.
+    """
+
+    def __init__(
+        self, group: dist.ProcessGroup | None, sent: collections.Counter[str], timeout: datetime.timedelta
+    ) -> None:
+        self.group, self.sent, self.timeout = group, sent, timeout
+        self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
+
+    def exchange(self, send: Tensor, out: Sequence[int], into: Sequence[int], what: str) -> Tensor:
+        """Rows [sum of ``into``, ...] from all, where ``send`` [sum of ``out``, ...] holds those for each rank, in order."""
+        received = send.new_empty((sum(into), *send.shape[1:]))
+        self._count(what, (sum(out) - out[self.rank]) * _row(send))
+        self._wait(dist.all_to_all_single(received, send.contiguous(), list(into), list(out), self.group, async_op=True))
+        return received
+
+    def counts(self, mine: Tensor) -> Tensor:
+        """From whole numbers for each rank [size, ...] to those of each rank for this one [size, ...]."""
+        got = torch.empty_like(mine)
+        self._count("counts", (self.size - 1) * _row(mine))
+        self._wait(dist.all_to_all_single(got, mine.contiguous(), group=self.group, async_op=True))
+        return got
+
+    def all(self, mine: Tensor, what: str) -> Tensor:
+        """One tensor of a shape from each rank, [size, ...]."""
+        found = [torch.empty_like(mine) for _ in range(self.size)]
+        self._count(what, (self.size - 1) * mine.numel() * mine.element_size())
+        self._wait(dist.all_gather(found, mine.contiguous(), group=self.group, async_op=True))
+        return torch.stack(found)
+
+    def rows(self, mine: Tensor, what: str) -> Tensor:
+        """The rows of all ranks, in order."""
+        sizes = self.all(torch.tensor(len(mine)), "counts").tolist()
+        copies = [len(mine) * (k != self.rank) for k in range(self.size)]
+        send = torch.cat([mine] * (self.size - 1)) if self.size > 1 else mine[:0]
+        got = self.exchange(send, copies, [n * (k != self.rank) for k, n in enumerate(sizes)], what)
+        parts = list(got.split([n * (k != self.rank) for k, n in enumerate(sizes)]))
+        parts[self.rank] = mine
+        return torch.cat(parts)
+
+    def sum(self, tensor: Tensor, what: str) -> None:
+        """Add a tensor up over all ranks, in place."""
+        self.settle(self.begin(tensor, what))
+
+    def begin(self, tensor: Tensor, what: str) -> dist.Work:
+        """The same without waiting for it."""
+        self._count(what, 2 * (self.size - 1) * tensor.numel() * tensor.element_size() // self.size)
+        try:
+            work: dist.Work = dist.all_reduce(tensor, group=self.group, async_op=True)
+        except RuntimeError as error:
+            raise self._lost(error) from error
+        return work
+
+    def settle(self, work: dist.Work) -> None:
+        """Wait for what was begun."""
+        self._wait(work)
+
+    def _wait(self, work: dist.Work | None) -> None:
+        try:
+            if work is not None:
+                work.wait()
+        except RuntimeError as error:
+            raise self._lost(error) from error
+
+    def _count(self, what: str, bytes: int) -> None:
+        self.sent[what] += bytes
+
+    def _lost(self, error: RuntimeError) -> DeviceError:
+        said = str(error).splitlines()[0][:200]
+        if "imed out" in said or "imeout" in said:
+            wait = f"{self.timeout.total_seconds():g} s"
+            return DeviceError(f"no answer from another worker within {wait} (--timeout): it stands still or is lost ({said})")
+        return DeviceError(f"another worker is gone ({said})")
+
+
+def _row(tensor: Tensor) -> int:
+    return tensor[0].numel() * tensor.element_size() if len(tensor) else 0
