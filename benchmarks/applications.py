@@ -217,12 +217,12 @@ def _spam(_: int, o: Setting) -> Question:
     return _text(loaders.sms_spam(o.data / "sms-spam", _folder() / "spam"), 0, o, seconds=400)
 
 
-def _text(parts: Split, seed: int, o: Setting, seconds: float = 200) -> Question:
+def _text(parts: Split, seed: int, o: Setting, seconds: float = 300) -> Question:
     def search() -> Pair:
         net, fit = text.trained(parts, seed)
         length = parts.train.schema["text"].length
         given = graph.of(net, (torch.zeros(2, length, dtype=torch.int64),), ("text",))
-        settings = {"seconds": seconds, "epochs": 6, "tries": 2, "teachers": 0}
+        settings = {"seconds": seconds, "epochs": 3, "tries": 1, "teachers": 0}
         return searched(net, given, parts, text.BUDGET, text.RECIPE, fit, ROWS, settings, o)
 
     return Question(parts, ROWS, search)
