@@ -1,10 +1,10 @@
 """What a placement will cost: bytes each worker holds, bytes each sends, and the time of a step, before anything runs.
 
-A step is a chain that all workers walk together, since every exchange waits for the last: ids to the workers that hold their
-rows, rows back, dense layers forward and backward, gradients to the rows, and the sums of what every worker holds whole. So its
-time is the sum over links of the chain of the slowest worker's time in each, T = max(t_i) link by link. Bytes follow from
-the placement alone (``traffic``); seconds follow from bytes and counts by the topology's measured rates. A table adds to each
-worker a fixed amount in each link whatever other tables do, which is what lets a search change one table at a time.
+A step is a chain that all workers walk together (``shard``), since every exchange waits for the last: ids to the workers that
+hold their rows, rows back, dense layers forward and backward, gradients to the rows, and sums of what several workers hold
+whole. So its time is the sum over the chain's links of the slowest worker's time in each: T = max(t_i), link by link. Bytes
+follow from the placement alone, seconds from bytes and counts by the topology's measured rates. A table adds to each worker
+what it adds whatever other tables do (``Share``), which is what lets a search change one table at a time.
 
 The known alternative is a learned cost model over measured plans; it needs the runs that a prediction is there to save.
 TorchRec's estimator has the same chain with constants of one GPU of 2018. What is left out here: overlap of exchange and
@@ -15,21 +15,31 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from pennyweight.core.errors import ConfigError
-from pennyweight.core.hardware import Link, Topology
+from pennyweight.core.hardware import Topology
 from pennyweight.distribute.workload import Asked, Layer, Workload
 from pennyweight.model.placement import Placement, Shard
 
 Floats = NDArray[np.float64]
 
-ID, NUMBER = 8, 4
+ID, NUMBER = 4, 4
 """Bytes on the wire of an id and of a number."""
+ASKS = 2
+"""Ids go to the holder twice: to ask for rows, and with their gradients."""
+BUCKET = 1 << 20
+"""Bytes of dense gradients that are summed at once (``reduce.BUCKET``)."""
+ROUNDS: Mapping[str, int] = {"ids": 4, "rows": 1, "gradients": 1}
+"""Exchanges inside a group in a step: counts and ids on both ways, rows, gradients."""
+SPREAD = 3
+"""Exchanges for what several workers hold alike: counts, ids, gradients."""
+HANDLED = 12
+"""Operations that a table costs each worker besides its rows, where workers share the work."""
 BACKWARD = 2.0
 """Operations of a dense layer's backward over its forward's: gradients of inputs and of weights."""
 TOUCHES = 4.0
@@ -191,7 +201,10 @@ class Setting:
     # -- what each part adds -------------------------------------------------------------------------------------------------
 
     def table(self, table: Asked, shard: Shard | None) -> Share:
-        """What a table adds to each worker, cut as ``shard`` says or whole on each."""
+        """What a table adds to each worker, cut as ``shard`` says or whole on each.
+
+        What travels is distinct rows: each worker asks once for the distinct ids of its examples and sends one gradient each.
+        """
         ids = self.rows * table.lookups
         rows = table.distinct(ids)
         wide = NUMBER * table.dim
@@ -208,7 +221,7 @@ class Setting:
         others = self.group - 1
         holders = list(shard.ranks)
         part = rows / down  # of a worker's distinct rows, those in one block
-        ask = part * ID
+        ask = ASKS * part * ID
         give = part * wide / across
         sent[0] += across * down * ask
         received[1] += across * down * give
@@ -259,33 +272,51 @@ class Setting:
         found: Floats = total.found / rates.rows + total.moved / rates.bytes
         return found
 
-    def step(self, total: Share, sharded: bool, cut: Sequence[Layer] = ()) -> Step:
-        """Seconds of a step in which the workers do ``total``."""
-        rates, crowd = self.topology.rates, self.topology.crowding
+    def step(self, total: Share, apart: int, cut: Sequence[Layer] = ()) -> Step:
+        """Seconds of a step in which the workers do ``total``, with so many tables cut."""
+        rates, crowd, work = self.topology.rates, self.topology.crowding, self.work
         assert rates is not None
-        lookup = float(self.busy(total).max()) * crowd
-        flops = (1 + BACKWARD) * self.work.flops * self.rows
-        calls = self.work.calls * (1 + BACKWARD) + 2 * len(cut)
-        weights = HELD * (self.work.dense_bytes - sum(layer.bytes for layer in cut) * (1 - 1 / self.group))
-        activations = 2 * KEPT * self.work.activations * self.rows
-        dense = (flops / rates.flops + calls * rates.call_us / 1e6 + (weights + activations) / rates.bytes) * crowd
-        times = []
-        for k, name in enumerate(EXCHANGES):
-            bytes = np.maximum(total.sent[k], total.received[k])
-            over = self.group if name != "sums" else self.world
-            needed = over > 1 and (bool(bytes.any()) if name != "sums" else True) and (sharded or bool(cut) or name == "sums")
-            times.append(self._seconds(float(bytes.max()), over, name) if needed else 0.0)
-        return Step(lookup, dense, *times)
+        handled = HANDLED * len(work.tables) * rates.call_us / 1e6 if self.world > 1 else 0.0
+        lookup = (float(self.busy(total).max()) + handled) * crowd
+        times = dict.fromkeys(EXCHANGES, 0.0)
+        for k, name in enumerate(EXCHANGES[:3]):
+            if self.group > 1 and (apart or (cut and k)):
+                rounds = ROUNDS[name] * bool(apart) + len(cut) * bool(k)
+                times[name] = self._seconds(_most(total, k), self.group, rounds, False)
+        if self.world > 1:
+            whole = len(work.tables) - apart
+            buckets = math.ceil((work.dense_bytes - sum(la.bytes for la in cut)) / BUCKET)
+            rounds = SPREAD * (bool(whole) + (bool(apart) and self.replicas > 1)) + work.norms
+            steps = buckets + work.norms + 1  # and what workers tell each other of a step
+            times["sums"] = self._seconds(_most(total, 3), self.world, rounds, False) + self._seconds(
+                0, self.world, steps, True
+            )
+        return Step(lookup, self._dense(cut), *times.values())
 
-    def _seconds(self, bytes: float, over: int, name: Exchange) -> float:
-        """Seconds of one exchange between ``over`` workers in which the busiest moves so many bytes."""
+    def _dense(self, cut: Sequence[Layer]) -> float:
+        """Seconds of the dense layers: as they were timed on one worker, else by their operations and what they leave."""
+        rates, work = self.topology.rates, self.work
+        assert rates is not None
+        crowd = self.topology.crowding
+        if work.timed is not None:
+            return (work.timed.fixed + work.timed.row * self.rows) * crowd
+        flops = (1 + BACKWARD) * work.flops * self.rows
+        calls = work.calls * (1 + BACKWARD) + 2 * len(cut)
+        weights = HELD * (work.dense_bytes - sum(layer.bytes for layer in cut) * (1 - 1 / self.group))
+        activations = 2 * KEPT * work.activations * self.rows
+        return (flops / rates.flops + calls * rates.call_us / 1e6 + (weights + activations) / rates.bytes) * crowd
+
+    def _seconds(self, bytes: float, over: int, rounds: float, summing: bool) -> float:
+        """Seconds of so many exchanges between ``over`` workers in which the busiest moves ``bytes`` in all."""
         top = self.topology
         assert top.inside is not None
-        here = min(over, top.workers) if name != "sums" or over == self.world else over
+        here = min(over, top.workers)
         away = (over - here) / max(1, over - 1)
-        steps = _steps(over, name)
-        inside = top.inside.seconds(bytes * (1 - away), steps if not away else _steps(here, name)) * top.crowding
-        return inside if not away else max(inside, _link(top).seconds(bytes * away, steps))
+        inside = top.inside.seconds(bytes * (1 - away), rounds * _steps(here, summing)) * top.crowding
+        if not away:
+            return inside
+        assert top.between is not None
+        return max(inside, top.between.seconds(bytes * away, rounds * _steps(over, summing)))
 
     # -- all of it -----------------------------------------------------------------------------------------------------------
 
@@ -305,7 +336,7 @@ class Setting:
             total = dense
             for table in self.work.tables:
                 total = total + self.table(table, placement.shards.get(table.path))
-        step = self.step(total, bool(placement.shards), cut)
+        step = self.step(total, len(placement.shards), cut)
         busy = self.busy(total)
         activations = int(KEPT * self.work.activations * self.rows)
         ranks = tuple(
@@ -331,16 +362,16 @@ class Setting:
         return hours * (self.topology.hosts * price.host_hour + held * self.replicas / 1e9 * price.gb_hour)
 
 
-def _link(top: Topology) -> Link:
-    assert top.between is not None
-    return top.between
+def _most(total: Share, k: int) -> float:
+    """Bytes the busiest worker sends or receives in an exchange."""
+    return float(max(total.sent[k].max(), total.received[k].max()))
 
 
-def _steps(over: int, name: Exchange) -> float:
+def _steps(over: int, summing: bool) -> float:
     """Messages one after the other in an exchange between so many workers, by the better of the usual two ways to do it.
 
     A sum is a ring of 2 (n - 1) steps or recursive halving and doubling of 2 log2 n, an exchange of all with all is n - 1 pairs
     or Bruck's log2 n rounds (Thakur, Rabenseifner and Gropp 2005).
     """
     rounds = math.ceil(math.log2(max(2, over)))
-    return min(2 * (over - 1), 2 * rounds) if name == "sums" else min(over - 1, rounds)
+    return min(2 * (over - 1), 2 * rounds) if summing else min(over - 1, rounds)

@@ -71,13 +71,14 @@ class Made:
     why: tuple[str, ...]
 
 
-def plan(work: Workload, topology: Topology, *, reserve: float = 0.1) -> Made:
+def plan(work: Workload, topology: Topology, *, reserve: float = 0.1, dense: bool = False) -> Made:
     """The placement that fits, takes the least time, and then the least money.
 
     Args:
         work: what a step asks (``workload.of``).
         topology: the workers, measured (``calibrate.measured``).
         reserve: share of each worker's memory that is left free.
+        dense: whether wide dense layers may be cut too.
 
     Raises:
         PlanError: nothing fits; the message says by how much, and names four ways out with their numbers.
@@ -86,7 +87,7 @@ def plan(work: Workload, topology: Topology, *, reserve: float = 0.1) -> Made:
         raise ConfigError(f"a batch of {work.batch} rows over {topology.world} workers; give at least a row each")
     found, tried, every = [], 0, True
     for replicas in divisors(topology):
-        search = Search(Setting(work, topology, replicas, reserve))
+        search = Search(Setting(work, topology, replicas, reserve), dense=dense)
         found.append(search.best())
         tried, every = tried + search.tried, every and search.every
     fitting = [p for p in found if p.fits]
@@ -106,8 +107,8 @@ def alternatives(work: Workload, topology: Topology, reserve: float = 0.1) -> tu
     made = []
     for replicas in sorted({1, topology.hosts} - {topology.world}):
         setting = Setting(work, topology, replicas, reserve)
-        for kind in ("table-wise", "row-wise", "column-wise"):
-            placement = Placement(topology.world, shards=_plain(kind, setting), replicas=replicas)
+        for kind in ("table-wise", "row-wise", *(("column-wise",) if work.narrow else ())):
+            placement = Placement(topology.world, shards=plain(kind, setting), replicas=replicas)
             name = kind if replicas == 1 else f"{kind}, in each host"
             made.append(Alternative(name, setting.predict(placement)))
     alone = Setting(work, topology, topology.world, reserve)
@@ -115,8 +116,10 @@ def alternatives(work: Workload, topology: Topology, reserve: float = 0.1) -> tu
     return tuple(made)
 
 
-def _plain(kind: str, setting: Setting) -> dict[str, Shard]:
-    """Every table placed one way: owners by bytes, evenly; blocks over all workers, where a table has as many."""
+def plain(kind: str, setting: Setting) -> dict[str, Shard]:
+    """Every table ``whole``, ``table-wise`` (owners by bytes, evenly), ``row-wise`` or ``column-wise`` where it has as many."""
+    if kind == "whole":
+        return {}
     everyone = tuple(range(setting.group))
     room = np.zeros(setting.group)
     found = {}

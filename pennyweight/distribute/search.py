@@ -30,6 +30,8 @@ PASSES = 8
 """Rounds of improvement at most; most searches end after two."""
 NARROW = 4
 """Numbers a row's block has at least: narrower ones cost a row's lookup each and carry nothing."""
+MANY = 64
+"""Workers of a group above which cuts are tried over every other power of two of them only."""
 WIDE = 1 << 20
 """Weights from which a dense layer may be cut."""
 
@@ -40,8 +42,9 @@ Score = tuple[float, float, float]
 
 
 def divisors(topology: Topology) -> list[int]:
-    """Numbers of groups worth trying: one, one a host (2D), and every worker its own (data parallel)."""
-    return sorted({1, topology.hosts, topology.world})
+    """Numbers of groups worth trying: one; 2, 4, 8 ... of whole hosts (2D); every worker its own (data parallel)."""
+    apart = [n for n in _powers(topology.hosts) if topology.hosts % n == 0]
+    return sorted({1, *apart, topology.hosts, topology.world})
 
 
 def cheapest(found: Sequence[Predicted]) -> Predicted:
@@ -52,13 +55,19 @@ def cheapest(found: Sequence[Predicted]) -> Predicted:
 
 
 class Search:
-    """The best placement for one number of groups. ``tried`` counts what was costed; ``every`` says whether that was all."""
+    """The best placement for one number of groups. ``tried`` counts what was costed; ``every`` says whether that was all.
 
-    def __init__(self, setting: Setting, small: int = SMALL) -> None:
-        self.setting = setting
+    Args:
+        setting: the workload on the topology, for one size of group.
+        small: placements up to which all are costed.
+        dense: whether wide dense layers may be cut.
+    """
+
+    def __init__(self, setting: Setting, small: int = SMALL, dense: bool = False) -> None:
+        self.setting, self.dense = setting, dense
         self.tried = 0
         self._tables = {t.path: t for t in setting.work.tables}
-        self._lists = [every_choice(t, setting.group) for t in setting.work.tables]
+        self._lists = [every_choice(t, setting.group, setting.work.narrow) for t in setting.work.tables]
         self.every = math.prod(map(len, self._lists)) <= small
         self._known: dict[tuple[str, Shard | None], Share] = {}
 
@@ -92,7 +101,7 @@ class Search:
         made: Made = {}
         total = self.setting.dense()
         for path in self._order():
-            table, sharded = self._tables[path], any(made.values())
+            table, sharded = self._tables[path], _apart(made)
             scored = [
                 (self._score(total + self._share(table, s), sharded or s is not None), s) for s in self._choices(table, total)
             ]
@@ -102,7 +111,7 @@ class Search:
 
     def _improved(self, made: Made) -> Made:
         total = self._total(made)
-        now = self._score(total, any(made.values()))
+        now = self._score(total, _apart(made))
         for _ in range(PASSES):
             before = now
             for path in self._order():
@@ -118,8 +127,8 @@ class Search:
         """The best choice for one table while the others stay."""
         table = self._tables[path]
         rest = total - self._share(table, made[path])
-        others = any(s for p, s in made.items() if p != path)
-        scored = [(self._score(rest + self._share(table, s), others or s is not None), s) for s in self._choices(table, rest)]
+        others = _apart(made) - (made[path] is not None)
+        scored = [(self._score(rest + self._share(table, s), others + (s is not None)), s) for s in self._choices(table, rest)]
         score, shard = min(scored, key=lambda pair: pair[0])
         return score, shard, rest + self._share(table, shard)
 
@@ -132,21 +141,21 @@ class Search:
                 a, b = self._tables[mine], self._tables[theirs]
                 moved = total - self._share(a, made[mine]) - self._share(b, made[theirs])
                 moved = moved + self._share(a, made[theirs]) + self._share(b, made[mine])
-                if (value := self._score(moved, True)) < now:
+                if (value := self._score(moved, _apart(made))) < now:
                     return {**made, mine: made[theirs], theirs: made[mine]}, moved, value
         return made, total, now
 
     def _thrifty(self, made: Made) -> Made:
         """Where memory has a price: choices that save money and take no more time than a prediction can tell."""
         total = self._total(made)
-        now = self._score(total, any(made.values()))
+        now = self._score(total, _apart(made))
         limit = now[1] * (1 + ALIKE)
         for path in self._order() if self.setting.topology.price.gb_hour else ():
             table = self._tables[path]
             rest = total - self._share(table, made[path])
-            others = any(s for p, s in made.items() if p != path)
+            others = _apart(made) - (made[path] is not None)
             for shard in self._choices(table, rest):
-                score = self._score(rest + self._share(table, shard), others or shard is not None)
+                score = self._score(rest + self._share(table, shard), others + (shard is not None))
                 if score[0] <= now[0] and score[1] <= limit and self._money(score) < self._money(now):
                     made[path], now, total = shard, score, rest + self._share(table, shard)
         return made
@@ -157,7 +166,9 @@ class Search:
         """The prediction, with those wide dense layers cut that shorten the step or make it fit, the widest first."""
         shards = {path: shard for path, shard in sorted(made.items()) if shard is not None}
         best = self._predict(shards, {})
-        wide = [la for la in self.setting.work.layers if la.inputs * la.outputs >= WIDE and self.setting.group > 1]
+        wide = [
+            la for la in self.setting.work.layers if la.inputs * la.outputs >= WIDE and self.dense and self.setting.group > 1
+        ]
         for layer in sorted(wide, key=lambda la: (-la.bytes, la.path)):
             cut: Cut = "column" if layer.outputs >= layer.inputs else "row"
             tried = self._predict(shards, {**best.placement.dense, layer.path: cut})
@@ -184,9 +195,12 @@ class Search:
 
     def _share(self, table: Asked, shard: Shard | None) -> Share:
         key = (table.path, shard)
-        if key not in self._known:
-            self._known[key] = self.setting.table(table, shard)
-        return self._known[key]
+        if key in self._known:
+            return self._known[key]
+        made = self.setting.table(table, shard)
+        if self.setting.group <= MANY:  # else they would take gigabytes
+            self._known[key] = made
+        return made
 
     def _total(self, made: Mapping[str, Shard | None]) -> Share:
         total = self.setting.dense()
@@ -195,15 +209,20 @@ class Search:
         return total
 
     def _value(self, made: Made) -> Score:
-        return self._score(self._total(made), any(made.values()))
+        return self._score(self._total(made), _apart(made))
 
-    def _score(self, total: Share, sharded: bool) -> Score:
+    def _score(self, total: Share, apart: int) -> Score:
         self.tried += 1
         over = max(0.0, float(self.setting.memory(total).max()) - self.setting.limit)
-        return over, self.setting.step(total, sharded).seconds, float(total.held.sum())
+        return over, self.setting.step(total, apart).seconds, float(total.held.sum())
 
     def _money(self, score: Score) -> float:
         return self.setting.price(score[1], score[2])
+
+
+def _apart(made: Mapping[str, Shard | None]) -> int:
+    """How many tables are cut."""
+    return sum(shard is not None for shard in made.values())
 
 
 def _order(predicted: Predicted) -> tuple[float, float]:
@@ -220,25 +239,30 @@ def choices(table: Asked, setting: Setting, total: Share) -> list[Shard | None]:
     found: list[Shard | None] = [None]
     for order in orders:
         found.append(Shard("table", (int(order[0]),)))
-        for parts in _powers(group) if table.cuttable else ():
-            found += _blocks(table, tuple(sorted(int(k) for k in order[:parts])))
+        for parts in _sizes(group) if table.cuttable else ():
+            found += _blocks(table, tuple(sorted(int(k) for k in order[:parts])), setting.work.narrow)
     return list(dict.fromkeys(found))
 
 
-def every_choice(table: Asked, group: int) -> list[Shard | None]:
+def every_choice(table: Asked, group: int, narrow: bool = True) -> list[Shard | None]:
     """Every owner by name, and the cuts over all workers."""
     if group == 1:
         return [None]
     owners: list[Shard | None] = [Shard("table", (rank,)) for rank in range(group)]
-    return [None, *owners, *(_blocks(table, tuple(range(group))) if table.cuttable else ())]
+    return [None, *owners, *(_blocks(table, tuple(range(group)), narrow) if table.cuttable else ())]
 
 
-def _blocks(table: Asked, ranks: tuple[int, ...]) -> list[Shard]:
-    """The cuts of a table over these workers that leave nobody without a row or with too narrow ones."""
+def _blocks(table: Asked, ranks: tuple[int, ...], narrow: bool) -> list[Shard]:
+    """The cuts of a table over these workers that leave nobody without a row or with too narrow ones.
+
+    ``narrow`` is False where rows must stay whole: row-wise Adagrad has one number for a row.
+    """
     parts = len(ranks)
     found = [Shard("row", ranks)] if table.rows >= parts else []
+    if not narrow:
+        return found
     found += [Shard("column", ranks)] if table.dim >= NARROW * parts else []
-    fair = [c for c in _powers(parts // 2) if parts % c == 0 and table.dim >= NARROW * c and table.rows >= parts // c]
+    fair = [c for c in _sizes(parts // 2) if parts % c == 0 and table.dim >= NARROW * c and table.rows >= parts // c]
     return [*found, *(Shard("grid", ranks, c) for c in fair)]
 
 
@@ -246,3 +270,9 @@ def _powers(most: int) -> list[int]:
     """2, 4, 8 ... up to ``most``, and ``most`` itself."""
     found = [2**k for k in range(1, most.bit_length()) if 2**k <= most]
     return found if most in found or most < 2 else [*found, most]
+
+
+def _sizes(most: int) -> list[int]:
+    """The powers, or of many every other one."""
+    found = _powers(most)
+    return found if most <= MANY else [*found[:-1:2], found[-1]]

@@ -18,6 +18,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.flop_counter import FlopCounterMode
 
 from pennyweight.core.config import decode
@@ -79,6 +80,18 @@ class Layer:
 
 
 @dataclasses.dataclass(frozen=True)
+class Timed:
+    """A step of a model's dense layers on one worker: seconds = fixed + row * rows (``calibrate.timed``)."""
+
+    fixed: float
+    row: float
+
+    def __post_init__(self) -> None:
+        if not (0 <= self.fixed < math.inf and 0 <= self.row < math.inf):
+            raise ConfigError(f"a timed step has seconds from 0, got {self}")
+
+
+@dataclasses.dataclass(frozen=True)
 class Workload:
     """What one step of training asks."""
 
@@ -95,7 +108,11 @@ class Workload:
     """Bytes an example's forward leaves for its backward."""
     calls: int
     """Modules called in a forward, each a few operations."""
+    norms: int = 0
+    """Batch norms, whose statistics all workers share at each step."""
     update: Update = "adagrad"
+    timed: Timed | None = None
+    """The dense layers as they were timed here; None is predicted from ``flops``."""
 
     def __post_init__(self) -> None:
         if self.batch < 1:
@@ -105,6 +122,11 @@ class Workload:
     def bytes(self) -> int:
         """Of all weights, held once."""
         return self.dense_bytes + sum(t.bytes for t in self.tables)
+
+    @property
+    def narrow(self) -> bool:
+        """Whether rows may be cut: row-wise Adagrad keeps one number a row, so it needs them whole."""
+        return self.update != "adagrad"
 
     def kept(self, table: Asked, share: float = 1.0) -> float:
         """Bytes a share of a table takes while it is trained: its weights and what its optimizer keeps."""
@@ -154,9 +176,10 @@ def count(
     Raises:
         ConfigError: the model cannot be built, or no column is known to run it on.
     """
+    read = columns_of(spec, columns)
     with torch.device("meta"):
         module = build(spec, allow).eval()
-        small, large = (probe(spec, columns, rows) for rows in (PROBE, 2 * PROBE))
+        small, large = (probe(read, rows) for rows in (PROBE, 2 * PROBE))
     watched = _Watch(module)
     with torch.no_grad():
         call(module, small, spec.inputs)
@@ -183,23 +206,29 @@ def count(
         flops=counter.get_total_flops() / (2 * PROBE),
         activations=int(watched.kept / (2 * PROBE)),
         calls=watched.calls,
+        norms=sum(isinstance(m, _BatchNorm) for m in module.modules()),
         update=update,
     )
 
 
-def probe(spec: Spec, columns: Sequence[Column] | None = None, rows: int = PROBE) -> Batch:
-    """A batch of nothing but zeros with the columns a model reads, on the current device.
+def columns_of(spec: Spec, columns: Sequence[Column] | None = None) -> tuple[Column, ...]:
+    """The columns a model reads: those given, or those of its own args.
 
     Raises:
         ConfigError: nothing says what they are.
     """
-    if columns is None:
-        given = spec.args.get("columns")
-        if not given:
-            raise ConfigError(
-                f"{spec.factory} does not say which columns it reads; plan a bundle with a catalog, whose schema does"
-            )
-        columns = decode(tuple[Column, ...], given, "args.columns")
+    if columns is not None:
+        return tuple(columns)
+    given = spec.args.get("columns")
+    if not given:
+        raise ConfigError(
+            f"{spec.factory} does not say which columns it reads; plan a bundle with a catalog, whose schema does"
+        )
+    return decode(tuple[Column, ...], given, "args.columns")  # type: ignore[no-any-return]
+
+
+def probe(columns: Sequence[Column], rows: int = PROBE) -> Batch:
+    """A batch of these columns for so many rows, ids and numbers all zero, on the current device."""
     made: dict[str, Tensor] = {}
     for column in columns:
         if column.kind == "numeric":
