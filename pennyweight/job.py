@@ -16,6 +16,7 @@ The command line, the demo and a notebook call the same functions; nothing here 
 from __future__ import annotations
 
 import dataclasses
+import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,8 @@ from pennyweight.core.config import dumps, loads, write
 from pennyweight.core.errors import ConfigError, DataError, Infeasible
 from pennyweight.data.dataset import Dataset, How, Split
 from pennyweight.data.events import EventLog
+from pennyweight.distribute import launch
+from pennyweight.distribute.launch import Many
 from pennyweight.model import ranking, retrieval, sequential
 from pennyweight.model.bundle import Bundle, load, save
 from pennyweight.model.cascade import Cascade
@@ -88,10 +91,13 @@ def train(
     allow: tuple[str, ...] = (),
     watch: Watch = lambda _: None,
     paced: bool = False,
+    many: Many | None = None,
 ) -> Run:
     """Train a model and leave a run folder.
 
     ``paced`` looks for the fastest batch size and number of threads first (``model/pace``), in place of the recipe's batch.
+
+    ``many`` lets several workers train it (``distribute/launch``); the run is the same but for the order sums are taken in.
 
     ``name`` is one of ``MODELS``, or the import path ``package.module:factory`` of the user's own, which ``allow`` must hold;
     ``inputs`` are the columns its ``forward`` takes one by one.
@@ -106,7 +112,16 @@ def train(
     spec = Spec(name, args, {}, inputs) if ":" in name else spec_of(MODELS[name], columns=data.schema.columns, **args)
     if paced:
         recipe = _paced(spec, parts, recipe, seed, out, allow)
-    model, fitted = trained(spec, parts, recipe, seed, out / "checkpoint", watch, allow)
+    if many is None:
+        model, fitted = trained(spec, parts, recipe, seed, out / "checkpoint", watch, allow)
+    else:
+        _stored(out, data)
+        model, told = launch.train(
+            spec, out / "data", (split, fractions), recipe, seed, out / "workers", many, allow=allow, watch=watch
+        )
+        fitted = told.fit
+        if fitted.stopped != "interrupted":
+            shutil.rmtree(out / "workers", ignore_errors=True)
     run = Run(name, split, fractions, recipe, seed, epochs("baseline", fitted), fitted.seconds, describe)
     keep(out, Bundle(model, catalog=parts.train.catalog), data, run)
     return run
@@ -150,13 +165,17 @@ def epochs(name: str, fitted: Fit) -> tuple[Epoch, ...]:
 
 def keep(out: Path, bundle: Bundle, data: Dataset, run: Run) -> None:
     """Write a run folder: data, bundle, record, and the training events of its users."""
-    if not (out / "data" / "dataset.json").exists() or Dataset.open(out / "data").fingerprint != data.fingerprint:
-        data.save(out / "data")
+    _stored(out, data)
     save(bundle, out / "bundle")
     write(out / "run.json", dumps(run))
     if data.schema.role("user") and data.schema.role("item") and data.schema.role("time"):
         with EventLog(out / "events.db") as log:
             log.import_dataset(data.split(run.split, run.fractions, run.seed).train)
+
+
+def _stored(out: Path, data: Dataset) -> None:
+    if not (out / "data" / "dataset.json").exists() or Dataset.open(out / "data").fingerprint != data.fingerprint:
+        data.save(out / "data")
 
 
 def open_run(folder: Path) -> tuple[Run, Bundle, Dataset, Split]:

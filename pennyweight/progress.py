@@ -49,6 +49,8 @@ def watching(console: Console) -> Iterator[Watch]:
                 return
             share = (event.epoch - 1 + event.step / event.steps) / event.epochs
             now = f"epoch {event.epoch}: loss {event.loss:.4f}, {event.rows_per_s:,.0f} rows/s"
+            if event.workers:
+                now += f"; ms a step of each worker: {', '.join(f'{ms:.0f}' for ms in event.workers)}"
             bar.update(task, completed=share, description=now)
 
         def step(event: Step) -> None:

@@ -27,7 +27,7 @@ import mmap
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -244,20 +244,19 @@ class Dataset:
         seed: int = 0,
         start: int = 0,
         drop_last: bool = False,
-        part: tuple[int, int] = (0, 1),
+        part: Callable[[int], tuple[int, int]] | None = None,
     ) -> Iterator[dict[str, Tensor]]:
         """Batches of ``size`` rows, each a dict of tensors by column name.
 
         Categorical int64 [B]; sequence int64 [B, L], 0-padded; numeric float32 [B] or [B, N]; label float32 [B], or int64
         classes [B] where the label has a size; time int64 [B]. ``start`` skips that many batches without reading them. With
-        ``part`` (k, n) only the rows of the k-th of n equal parts of each batch are read.
+        ``part`` only those rows of each batch are read that it names, from the first to before the last, of so many.
         """
         if size < 1 or start < 0:
             raise ConfigError(f"batches of {size} rows from batch {start}: size must be at least 1 and start at least 0")
         for rows in _cut(self._order(shuffle, seed), size, start * size):
             if not drop_last or len(rows) == size:
-                k, n = part
-                mine = rows[len(rows) * k // n : len(rows) * (k + 1) // n]
+                mine = rows if part is None else rows[slice(*part(len(rows)))]
                 yield {c.name: _tensor(c, self._gather(c.name, mine)) for c in self.schema.columns}
 
     def _order(self, shuffle: bool, seed: int) -> Iterator[npt.NDArray[np.int64]]:

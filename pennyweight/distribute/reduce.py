@@ -2,7 +2,8 @@
 
 Parameters are put into buckets in reverse order, about the order their gradients come in; a bucket is on its way as soon as its
 last gradient is there. That is what ``DistributedDataParallel`` does. It was not taken, since it averages means of equal
-batches, wants every parameter in it (tables are another matter here) and owns the forward pass.
+batches, wants every parameter in it (tables are another matter here) and owns the forward pass. In fewer bits (``codec``)
+buckets go one after the other, at the end.
 """
 
 from __future__ import annotations
@@ -37,6 +38,11 @@ class Buckets:
 
     def settle(self) -> None:
         """Send what has not come in full, wait for all, and hand the sums to the parameters."""
+        if self.wire.codec.kind != "fp32":
+            for bucket in self.buckets:
+                self.wire.compressed(bucket.fill(), bucket.left_over, "dense")
+                bucket.empty()
+            return
         for bucket in self.buckets[len(self.works) :]:
             self.works.append(self.wire.begin(bucket.fill(), "dense"))
         for bucket, work in zip(self.buckets, self.works, strict=True):
@@ -49,6 +55,8 @@ class Buckets:
             hook.remove()
 
     def _came(self, param: Tensor) -> None:
+        if self.wire.codec.kind != "fp32":
+            return
         self.of[id(param)].left -= 1
         # In their order, so that all workers send the same bucket.
         while len(self.works) < len(self.buckets) and not self.buckets[len(self.works)].left:
@@ -59,6 +67,8 @@ class _Bucket:
     def __init__(self, params: Sequence[nn.Parameter]) -> None:
         self.params, self.left = params, len(params)
         self.flat = torch.zeros(sum(p.numel() for p in params))
+        self.left_over = torch.zeros_like(self.flat)
+        """What fewer bits did not carry."""
 
     def fill(self) -> Tensor:
         for p, place in zip(self.params, self._places(), strict=True):

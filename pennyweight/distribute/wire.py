@@ -5,13 +5,14 @@ workers the 2 (w - 1) / w of its numbers that a ring sends. Counts of rows and t
 TCP's are not.
 
 A worker that dies closes its connections and the others see that at once; one that stands still is waited for as long as the
-group's time-out. Both end as a ``DeviceError``.
+group's time-out. Both end as ``Lost``.
 """
 
 from __future__ import annotations
 
 import collections
 import datetime
+import time
 from collections.abc import Sequence
 
 import torch
@@ -19,6 +20,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from pennyweight.core.errors import DeviceError
+from pennyweight.distribute.codec import Codec
+
+
+class Lost(DeviceError):
+    """Another worker does not answer: what those that are left do is end, to be started again."""
 
 
 class Wire:
@@ -30,11 +36,16 @@ class Wire:
         timeout: of the group, for messages.
     """
 
-    def __init__(
-        self, group: dist.ProcessGroup | None, sent: collections.Counter[str], timeout: datetime.timedelta
-    ) -> None:
+    codec = Codec()
+    """How rows and gradients are written."""
+    generator: torch.Generator | None = None
+    """Rounds them by chance."""
+
+    def __init__(self, group: dist.ProcessGroup | None, sent: collections.Counter[str], timeout: datetime.timedelta) -> None:
         self.group, self.sent, self.timeout = group, sent, timeout
         self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
+        self.waited = 0.0
+        """Seconds."""
 
     def exchange(self, send: Tensor, out: Sequence[int], into: Sequence[int], what: str) -> Tensor:
         """Rows [sum of ``into``, ...] from all, where ``send`` [sum of ``out``, ...] holds those for each rank, in order."""
@@ -42,6 +53,36 @@ class Wire:
         self._count(what, (sum(out) - out[self.rank]) * _row(send))
         self._wait(dist.all_to_all_single(received, send.contiguous(), list(into), list(out), self.group, async_op=True))
         return received
+
+    def numbers(self, send: Tensor, out: Sequence[int], into: Sequence[int], what: str) -> Tensor:
+        """``exchange`` of fp32 numbers, as the wire's codec writes them."""
+        codec = self.codec
+        if codec.kind == "fp32":
+            return self.exchange(send, out, into, what)
+        packed = torch.cat([codec.pack(part, self.generator) for part in send.split(list(out))])
+        sizes = [codec.size(n) for n in into]
+        got = self.exchange(packed, [codec.size(n) for n in out], sizes, what).split(sizes)
+        return torch.cat([codec.unpack(part, n) for part, n in zip(got, into, strict=True)])
+
+    def compressed(self, tensor: Tensor, left: Tensor, what: str) -> None:
+        """``sum`` of numbers [n] as the codec writes them; what it does not keep stays in ``left`` [n], which is added first.
+
+        Each rank adds up a part and sends the sums to all.
+        """
+        tensor += left
+        cuts = [len(tensor) * (k + 1) // self.size - len(tensor) * k // self.size for k in range(self.size)]
+        packed = [self.codec.pack(part) for part in tensor.split(cuts)]
+        kept = torch.cat([self.codec.unpack(part, n) for part, n in zip(packed, cuts, strict=True)])
+        left.copy_(tensor - kept)
+        sizes = [self.codec.size(n) for n in cuts]
+        mine = [sizes[self.rank]] * self.size
+        parts = self.exchange(torch.cat(packed), sizes, mine, what).split(mine)
+        total = torch.stack([self.codec.unpack(part, cuts[self.rank]) for part in parts]).sum(0)
+        told = self.codec.pack(total)
+        own = left.split(cuts)[self.rank]
+        own += total - self.codec.unpack(told, len(total))
+        every = self.exchange(told.repeat(self.size, 1), mine, sizes, what).split(sizes)
+        torch.cat([self.codec.unpack(part, n) for part, n in zip(every, cuts, strict=True)], out=tensor)
 
     def counts(self, mine: Tensor) -> Tensor:
         """From whole numbers for each rank [size, ...] to those of each rank for this one [size, ...]."""
@@ -85,21 +126,23 @@ class Wire:
         self._wait(work)
 
     def _wait(self, work: dist.Work | None) -> None:
+        began = time.perf_counter()
         try:
             if work is not None:
                 work.wait()
         except RuntimeError as error:
             raise self._lost(error) from error
+        self.waited += time.perf_counter() - began
 
     def _count(self, what: str, bytes: int) -> None:
         self.sent[what] += bytes
 
-    def _lost(self, error: RuntimeError) -> DeviceError:
+    def _lost(self, error: RuntimeError) -> Lost:
         said = str(error).splitlines()[0][:200]
         if "imed out" in said or "imeout" in said:
             wait = f"{self.timeout.total_seconds():g} s"
-            return DeviceError(f"no answer from another worker within {wait} (--timeout): it stands still or is lost ({said})")
-        return DeviceError(f"another worker is gone ({said})")
+            return Lost(f"no answer from another worker within {wait} (--timeout): it stands still or is lost ({said})")
+        return Lost(f"another worker is gone ({said})")
 
 
 def _row(tensor: Tensor) -> int:

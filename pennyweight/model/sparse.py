@@ -133,7 +133,7 @@ class Sparse:
         self.matrices = [Matrix(group, kind, l2) for group in grouped]
         self.joined = [m for m in module.modules() if type(m) is Embeddings and self._hold(m)]
         for table in self.tables:
-            table.sparse = True  # type: ignore[assignment]
+            table.sparse = True
         for each in self.joined:
             self._join(each)
 
@@ -176,7 +176,7 @@ class Sparse:
     def release(self) -> None:
         """Leave the module as it was found; its tables stay views of one matrix."""
         for table in self.tables:
-            table.sparse = False  # type: ignore[assignment]
+            table.sparse = False
         for each in self.joined:
             each.__dict__.pop("forward", None)
         self.clear()

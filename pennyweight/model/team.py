@@ -19,8 +19,6 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from pennyweight.model.placement import span
-
 
 @dataclasses.dataclass(frozen=True)
 class Part:
@@ -51,6 +49,9 @@ class Team(Protocol):
     rank: int
     size: int
 
+    def share(self, n: int) -> tuple[int, int]:
+        """Which of ``n`` things are this worker's: the first and the one after the last."""
+
     def counted(self, n: int) -> Part:
         """The part that ``n`` rows here are of the rows of all workers, in the order of ranks."""
 
@@ -64,12 +65,7 @@ _part: Part | None = None
 
 def share(n: int) -> tuple[int, int]:
     """Which of ``n`` things are this worker's: the first and the one after the last."""
-    return (0, n) if _team is None else span(n, _team.size, _team.rank)
-
-
-def seat() -> tuple[int, int]:
-    """This worker's number and that of all."""
-    return (0, 1) if _team is None else (_team.rank, _team.size)
+    return (0, n) if _team is None else _team.share(n)
 
 
 def part() -> Part | None:

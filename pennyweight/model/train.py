@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import math
 import signal
 import threading
@@ -35,6 +36,7 @@ import safetensors.torch
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim.adam import adam
 
 from pennyweight.core import memory
@@ -164,6 +166,8 @@ class Progress:
     rows_per_s: float
     eta_s: float
     """Seconds left if no early stop comes."""
+    workers: tuple[float, ...] = ()
+    """Milliseconds a step of each worker since the last report, waiting for others left out; empty for one process."""
 
 
 class Tables(Protocol):
@@ -207,9 +211,14 @@ class Workers(team.Team, Protocol):
 
     every: int
     """Steps between two checkpoints inside an epoch; 0 leaves it to the clock."""
+    shapes: Mapping[str, tuple[int, ...]]
+    """Of tensors of the module's state that are here in part, as they are as a whole."""
 
     def lend(self, module: nn.Module, kind: str, recipe: Recipe) -> Tables:
         """Prepare a module for its part of a batch, and take over its tables, trained as ``kind`` says."""
+
+    def part(self, rows: int) -> contextlib.AbstractContextManager[None]:
+        """Inside, this worker's part of a batch of so many rows is computed."""
 
     def expect(self, params: Sequence[nn.Parameter]) -> None:
         """Gradients of these are about to be computed: add each up over all workers as soon as it is there."""
@@ -222,6 +231,9 @@ class Workers(team.Team, Protocol):
 
     def agree(self, loss: Tensor, wishes: tuple[bool, ...]) -> tuple[Tensor, tuple[bool, ...]]:
         """The loss of the whole batch, and what any worker wishes."""
+
+    def paces(self) -> tuple[float, ...]:
+        """Milliseconds a step of each worker since this was asked last, waiting for others left out."""
 
     def keeper(self, path: Path) -> Keeper:
         """Where the workers keep their state."""
@@ -269,7 +281,7 @@ def fit(
     taught, batchwise = _taught(rows, teacher, recipe, inputs)
     loss = _loss(module, taught, recipe, inputs, teacher if recipe.dealt else batchwise)
     judge = _judge(train, valid, recipe, inputs)
-    identity = "" if checkpoint is None else dumps([encode(recipe), seed, train.fingerprint, _shapes(module)])
+    identity = "" if checkpoint is None else dumps([encode(recipe), seed, train.fingerprint, _shapes(module, workers)])
     with torch.random.fork_rng(devices=[]), memory.kept(), _interrupts() as interrupted, team.working(workers):
         torch.manual_seed(seed)
         with Learner(module, loss, recipe, workers) as learner:
@@ -281,7 +293,7 @@ def fit(
 def scores(module: nn.Module, dataset: Dataset, *, inputs: Sequence[str] = (), batch: int = 8192) -> NDArray[np.float32]:
     """The module's outputs for all rows in order, float32 [n] or [n, classes]; ``batch`` rows at a time."""
     with _evaluating(module):
-        mine = dataset.batches(batch, part=team.seat())
+        mine = dataset.batches(batch, part=team.share)
         parts = [team.gathered(call(module, rows, inputs).float()).numpy() for rows in mine]
     return np.concatenate(parts)
 
@@ -327,7 +339,7 @@ class Queries:
         with _evaluating(module):
             mine = np.arange(*team.share(catalog.schema.item.size))
             items = team.gathered(retriever.item_vectors(catalog.item_batch(mine)))
-            batches = self.rows.batches(512, part=team.seat())
+            batches = self.rows.batches(512, part=team.share)
             users = torch.cat([team.gathered(retriever.user_vectors(b)) for b in batches])
 
             def score(start: int, stop: int) -> Tensor:
@@ -430,13 +442,15 @@ def _judge(train: Dataset, valid: Dataset, recipe: Recipe, inputs: Sequence[str]
 def optimizer(module: nn.Module, recipe: Recipe, without: Sequence[nn.Parameter] = ()) -> torch.optim.Optimizer | None:
     """The recipe's optimizer over the parameters that want a gradient: tables and the rest, each with its own decay.
 
-    None if all of them are in ``without``, which somebody else trains.
+    None if all of them are in ``without``, which somebody else trains. A bias that a batch norm takes away again stays as it
+    is: its gradient is rounding alone, which Adam would make into steps of the whole learning rate. Nothing is learned by them,
+    but the norm's running mean follows them late, so that scores would depend on the order sums were taken in.
     """
     tables = {id(p) for m in module.modules() if Table.of(m) is not None for p in m.parameters()}
     wanted = [p for p in module.parameters() if p.requires_grad]
     if not wanted:
         raise ConfigError(f"{type(module).__name__} has no parameter that can be trained; build it with copy=True")
-    others = set(map(id, without))
+    others = {*map(id, without), *map(id, _idle(module))}
     wanted = [p for p in wanted if id(p) not in others]
     if not wanted:
         return None
@@ -450,6 +464,15 @@ def optimizer(module: nn.Module, recipe: Recipe, without: Sequence[nn.Parameter]
     kind: Any = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW, "adagrad": torch.optim.Adagrad}[recipe.optimizer]
     made: torch.optim.Optimizer = kind(groups, recipe.lr, fused=True)
     return made
+
+
+def _idle(module: nn.Module) -> Iterator[nn.Parameter]:
+    """Biases of layers that a batch norm comes right after."""
+    for run in (m for m in module.modules() if isinstance(m, nn.Sequential)):
+        for layer, after in itertools.pairwise(run):
+            bias = getattr(layer, "bias", None)
+            if isinstance(after, _BatchNorm) and isinstance(bias, nn.Parameter):
+                yield bias
 
 
 class _Stepper:
@@ -547,7 +570,7 @@ class Learner:
         if self.workers is None:
             loss = self.loss(batch)
         else:
-            with team.computing(team.Part((team.share(rows),), rows)):
+            with self.workers.part(rows):
                 loss = self.loss(batch)
             self.workers.expect(self.stepper.params if self.stepper else ())
         loss.backward()  # type: ignore[no-untyped-call]
@@ -677,8 +700,8 @@ class _Run:
         earlier = self.state.seconds
         seed = self.seed * 1_000_003 + self.state.epoch
         size, every = self.recipe.batch, 0 if self.workers is None else self.workers.every
-        order = {"shuffle": True, "seed": seed, "start": done, "drop_last": self.drop_last, "part": team.seat()}
-        for batch in self.train.batches(size, **order):
+        batches = self.train.batches(size, shuffle=True, seed=seed, start=done, drop_last=self.drop_last, part=team.share)
+        for batch in batches:
             loss = self.learner.learn(batch, self._rate(done), min(size, len(self.train) - done * size))
             done += 1
             now = time.monotonic()
@@ -717,9 +740,9 @@ class _Run:
             left = (self.recipe.epochs - self.state.epoch) * self.steps - done
             rows = pace * self.recipe.batch
             eta = min(left / pace, self.deadline - now)
-            self.progress(
-                Progress(self.state.epoch + 1, self.recipe.epochs, done, self.steps, loss, self.state.metric, rows, eta)
-            )
+            paces = () if self.workers is None else self.workers.paces()
+            at = self.state.epoch + 1, self.recipe.epochs, done, self.steps
+            self.progress(Progress(*at, loss, self.state.metric, rows, eta, paces))
 
     def _consider(self, epoch: int) -> bool:
         """Judge the weights as they are, keep them if they are the best; True if so."""
@@ -832,8 +855,9 @@ class _File:
             raise ConfigError(f"checkpoint {self.path} cannot be read ({error}); remove it to start anew") from error
 
 
-def _shapes(module: nn.Module) -> list[str]:
-    return [f"{k} {v.dtype} {tuple(v.shape)}" for k, v in module.state_dict().items()]
+def _shapes(module: nn.Module, workers: Workers | None) -> list[str]:
+    whole = {} if workers is None else workers.shapes
+    return [f"{k} {v.dtype} {whole.get(k, tuple(v.shape))}" for k, v in module.state_dict().items()]
 
 
 @contextlib.contextmanager

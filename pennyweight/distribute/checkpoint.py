@@ -1,0 +1,231 @@
+"""The state of a training by many workers, on disk: each writes its part while the training goes on, any number reads it.
+
+    checkpoint/
+      step-7/                  one folder a checkpoint, under this name only when it is whole
+        shard-….safetensors    by ``torch.distributed.checkpoint``: blocks of tables with their offsets, the rest once
+        state.json             where the training is, and whose it is
+
+A save copies this worker's tensors and returns; a thread writes the copy, over a process group of its own. Only when all have
+written is the folder renamed, by rank 0, and the one before removed. So a worker killed, or a disk that fills up, in the middle
+of a save leaves the checkpoint before; the training goes on and tries again at the next one.
+
+What is stored knows no workers: tables are whole tables, of which each block says where it lies. Reading asks for the blocks of
+the placement there is then. The files are safetensors (the checkpoint package's other format is a pickle).
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import contextlib
+import json
+import logging
+import os
+import shutil
+import sys
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
+from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
+
+from pennyweight.core.config import write
+from pennyweight.core.errors import ConfigError, StorageError
+from pennyweight.distribute.shard import Held
+
+STATE = "state.json"
+_KINDS = ("module.", "best.", "optimizer.", "tables.")
+
+
+class Block(Tensor):
+    """A block of a larger tensor, as ``torch.distributed.checkpoint`` asks for one."""
+
+    local: Tensor
+    offsets: tuple[int, ...]
+
+    @staticmethod
+    def __new__(cls, local: Tensor, size: Sequence[int], offsets: Sequence[int]) -> Block:
+        """The block ``local`` at these offsets of a tensor of this size."""
+        made: Block = torch.Tensor._make_wrapper_subclass(cls, tuple(size), dtype=local.dtype)
+        made.local, made.offsets = local, tuple(offsets)
+        return made
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """No operator takes a block for the whole."""
+        raise NotImplementedError(f"{func} of a block of a tensor")
+
+    def __create_write_items__(self, fqn: str, object: Any) -> list[WriteItem]:
+        """The block, if it holds anything."""
+        properties = TensorProperties.create_from_tensor(self.local)
+        return [
+            WriteItem(
+                MetadataIndex(fqn, chunk.offsets), WriteItemType.SHARD, None, TensorWriteData(chunk, properties, self.size())
+            )
+            for chunk in self.__create_chunk_list__()
+        ]
+
+    def __create_chunk_list__(self) -> list[ChunkStorageMetadata]:
+        """Where it lies."""
+        if not self.local.numel():
+            return []
+        return [ChunkStorageMetadata(torch.Size(self.offsets), self.local.size())]
+
+    def __get_tensor_shard__(self, index: MetadataIndex) -> Tensor:
+        """Its numbers."""
+        return self.local
+
+
+class Folder:
+    """Where workers keep the state of a training.
+
+    Args:
+        path: the folder, the same on all workers (on several hosts: a shared one).
+        held: the tables by the names of their weights in the module's state.
+        group: of all ranks, used for nothing else.
+    """
+
+    def __init__(self, path: Path, held: Mapping[str, Held], group: dist.ProcessGroup) -> None:
+        self.path, self.held, self.group = path, held, group
+        self.rank = dist.get_rank(group)
+        self.thread = concurrent.futures.ThreadPoolExecutor(1)
+        self.pending: concurrent.futures.Future[None] | None = None
+        self.number = newest(path)
+
+    def __str__(self) -> str:
+        return str(self.path)
+
+    def save(self, tensors: Mapping[str, Tensor], notes: Mapping[str, str]) -> None:
+        """Copy this worker's tensors; they are written while the training goes on, after those of the save before."""
+        self.wait()
+        scalars = [k for k, t in tensors.items() if not t.dim()]
+        copies = {
+            k: t.detach().reshape(t.shape or (1,)).clone(memory_format=torch.contiguous_format) for k, t in tensors.items()
+        }
+        state = {k: self._block(k, t) for k, t in copies.items()}
+        self.number += 1
+        told = {**notes, "scalars": json.dumps(scalars), "workers": str(dist.get_world_size(self.group))}
+        self.pending = self.thread.submit(self._write, self.number, state, told)
+
+    def wait(self) -> StorageError | None:
+        """Until the last save is on disk, or has failed, which is said and is no reason to stop."""
+        pending, self.pending = self.pending, None
+        failed = None if pending is None else pending.exception()
+        if failed is None:
+            return None
+        said = str(failed).strip().splitlines()[-1][:300]
+        error = StorageError(
+            f"{self.path}/step-{self.number} was not written, the checkpoint before stays ({said}); free some room"
+        )
+        if self.rank == 0:
+            print(error, file=sys.stderr, flush=True)
+        return error
+
+    def load(self) -> tuple[dict[str, Tensor], Mapping[str, str]] | None:
+        """This worker's part of the last whole checkpoint, if there is one.
+
+        Raises:
+            ConfigError: it is damaged, or of tables of other shapes.
+        """
+        if self.path.is_file():
+            raise ConfigError(f"checkpoint {self.path} is of a training by one worker; go on with --workers 1, or remove it")
+        whole = _whole(self.path)
+        if not whole:
+            return None
+        folder = whole[-1][1]
+        try:
+            notes: dict[str, str] = json.loads((folder / STATE).read_bytes())
+            with _quiet():
+                reader = HuggingFaceStorageReader(str(folder))
+                found = reader.read_metadata().state_dict_metadata
+                local = {k: self._empty(k, m.size, m.properties.dtype) for k, m in found.items()}  # type: ignore[union-attr]
+                dcp.load({k: self._block(k, t) for k, t in local.items()}, storage_reader=reader, process_group=self.group)
+            scalars = json.loads(notes["scalars"])
+        except (OSError, ValueError, KeyError, dcp.api.CheckpointException) as error:
+            said = str(error).strip().splitlines()[-1][:300]
+            raise ConfigError(f"checkpoint {folder} cannot be read ({said}); remove it to go on from the one before") from error
+        return {k: t.reshape(()) if k in scalars else t for k, t in local.items()}, notes
+
+    def _write(self, number: int, state: Mapping[str, Tensor], notes: Mapping[str, str]) -> None:
+        target, part = self.path / f"step-{number}", self.path / f"step-{number}.part"
+        try:
+            with _quiet():
+                part.mkdir(parents=True, exist_ok=True)
+                writer = HuggingFaceStorageWriter(str(part), save_distributed=True)
+                dcp.save(dict(state), storage_writer=writer, process_group=self.group)
+            if self.rank == 0:
+                write(part / STATE, json.dumps(notes))
+                os.rename(part, target)
+                for _, old in _whole(self.path)[:-1]:
+                    shutil.rmtree(old, ignore_errors=True)
+        except BaseException:
+            if self.rank == 0:
+                shutil.rmtree(part, ignore_errors=True)
+            raise
+
+    def _cut(self, key: str) -> Held | None:
+        """The cut table that a tensor of the state goes with."""
+        kind = next((k for k in _KINDS if key.startswith(k)), None)
+        if kind is None:
+            return None
+        name = key.removeprefix(kind)
+        name = name if kind in ("module.", "best.") else name.rpartition(".")[0]
+        each = self.held.get(name)
+        return each if each is not None and each.shard is not None else None
+
+    def _block(self, key: str, local: Tensor) -> Tensor:
+        each = self._cut(key)
+        if each is None or local.shape[0] != each.mine.rows[1] - each.mine.rows[0] or key.endswith(".step"):
+            return local
+        (r0, _), (c0, _) = each.mine.rows, each.mine.columns
+        if local.dim() == 1:
+            return Block(local, each.shape[:1], (r0,))
+        return Block(local, each.shape, (r0, c0))
+
+    def _empty(self, key: str, size: Sequence[int], data_type: torch.dtype) -> Tensor:
+        each = self._cut(key)
+        if each is None or key.endswith(".step"):
+            return torch.empty(tuple(size), dtype=data_type)
+        if tuple(size) != each.shape[: len(size)]:
+            raise ConfigError(f"{key} is {tuple(size)} in the checkpoint and {each.shape} in the model; it is of another model")
+        (r0, r1), (c0, c1) = each.mine.rows, each.mine.columns
+        return torch.empty((r1 - r0, c1 - c0)[: len(size)], dtype=data_type)
+
+
+def _whole(path: Path) -> list[tuple[int, Path]]:
+    """The whole checkpoints in a folder, oldest first."""
+    names = [p for p in path.glob("step-*") if p.suffix != ".part" and (p / STATE).is_file()]
+    return sorted((int(p.name.removeprefix("step-")), p) for p in names)
+
+
+def newest(path: Path) -> int:
+    """The number of the last whole checkpoint in a folder; 0 where there is none."""
+    return max((n for n, _ in _whole(path)), default=0)
+
+
+def whole(path: Path) -> tuple[dict[str, Tensor], Mapping[str, str]]:
+    """All tensors of the last whole checkpoint in a folder, and its notes, for a process by itself."""
+    folder = _whole(path)[-1][1]
+    notes: dict[str, str] = json.loads((folder / STATE).read_bytes())
+    with _quiet():
+        reader = HuggingFaceStorageReader(str(folder))
+        found = reader.read_metadata().state_dict_metadata
+        state = {k: torch.empty(m.size, dtype=m.properties.dtype) for k, m in found.items()}  # type: ignore[union-attr]
+        dcp.load(state, storage_reader=reader, no_dist=True)
+    scalars = json.loads(notes["scalars"])
+    return {k: t.reshape(()) if k in scalars else t for k, t in state.items()}, notes
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """The package warns of what is done on purpose, and logs at length."""
+    logging.getLogger("torch.distributed.checkpoint").setLevel(logging.ERROR)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield

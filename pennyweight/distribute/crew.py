@@ -1,0 +1,239 @@
+"""Workers that train one model as one: ``model.train.Workers`` over ``torch.distributed`` and a placement.
+
+part        rows of a batch are parted evenly, in order; norms and dropout see all of them   (split)
+lend        tables are cut or whole, and exchange distinct rows                              (shard)
+expect      gradients of dense layers are added up in buckets, meanwhile                     (reduce)
+agree       the loss, wishes to stop or save, and every worker's time in this step: one small sum a step
+keeper      sharded checkpoints                                                              (checkpoint)
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import dataclasses
+import datetime
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from pennyweight.core.errors import ConfigError
+from pennyweight.distribute import shard
+from pennyweight.distribute.checkpoint import Folder
+from pennyweight.distribute.codec import Codec, Kind
+from pennyweight.distribute.reduce import Buckets
+from pennyweight.distribute.split import Split
+from pennyweight.distribute.wire import Wire
+from pennyweight.model import team
+from pennyweight.model.placement import Placement
+from pennyweight.model.train import Keeper, Recipe, Tables
+
+WHOLE = 1 << 16
+"""Weight of a worker's even part of a batch."""
+WEIGHED = 20
+"""Steps after which parts are weighed anew."""
+
+
+@dataclasses.dataclass
+class Steps:
+    """What was counted of the steps so far, the same on all workers but for ``bytes``."""
+
+    done: int = 0
+    seconds: Tensor = dataclasses.field(default_factory=lambda: torch.zeros(0, dtype=torch.float64))
+    """Of each worker in all steps together, waiting for others left out."""
+    bytes: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
+    """That this worker sent in steps, by what for; not in scoring and in checkpoints."""
+
+
+class Crew:
+    """This process as one of the workers; the process group is there already.
+
+    Args:
+        module: to be trained; its cut tables are left as this worker's blocks.
+        placement: who holds what.
+        every: steps between two checkpoints inside an epoch; 0 leaves it to the clock.
+        timeout: of the process group.
+        balance: workers that are slow get fewer rows of each batch; the sums are the same, their order then depends on time.
+        traffic: how rows and gradients are written on the way.
+
+    Raises:
+        ConfigError: the placement is for another number of workers, or cuts what cannot be.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        placement: Placement,
+        *,
+        every: int = 0,
+        timeout: datetime.timedelta | None = None,
+        balance: bool = False,
+        traffic: Kind = "fp32",
+    ) -> None:
+        self.rank, self.size, self.every = dist.get_rank(), dist.get_world_size(), every
+        if placement.world_size != self.size:
+            raise ConfigError(f"the placement is for {placement.world_size} workers, and {self.size} are here")
+        if placement.dense:
+            raise ConfigError(
+                f"dense layers are whole on every worker here, and the placement cuts {', '.join(placement.dense)}"
+            )
+        wait = timeout or dist.default_pg_timeout
+        self.placement, self.steps = placement, Steps(seconds=torch.zeros(self.size, dtype=torch.float64))
+        self.balance, self.weights = balance, [WHOLE] * self.size
+        self.weighed = 0, self.steps.seconds.clone()
+        self.told = 0, self.steps.seconds.clone()
+        self.sent: collections.Counter[str] = collections.Counter()
+        self.world = Wire(None, self.sent, wait)
+        self.near, self.across = self.world, Wire(_alone(self.rank), self.sent, wait)
+        if placement.replicas > 1:
+            n = placement.group
+            groups = [dist.new_group(list(range(g * n, g * n + n)), wait) for g in range(placement.replicas)]
+            peers = [dist.new_group(list(range(k, self.size, n)), wait) for k in range(n)]
+            self.near = Wire(groups[self.rank // n], self.sent, wait)
+            self.across = Wire(peers[self.rank % n], self.sent, wait)
+        self.generator = torch.Generator()
+        for wire in (self.world, self.near, self.across):
+            wire.codec, wire.generator = Codec(traffic), self.generator
+        self.side = dist.new_group(timeout=wait)
+        """For what goes on beside the steps: checkpoints."""
+        self.held = shard.held(module, placement, self.near.rank)
+        shard.cut(self.held)
+        of = {id(h.module): h for h in self.held}
+        modules = module.named_modules(remove_duplicate=False)
+        self.names = {f"{path}.weight": of[id(m)] for path, m in modules if id(m) in of}
+        self.shapes = {name: h.shape for name, h in self.names.items()}
+        self.folder: Folder | None = None
+        self.buckets: Buckets | None = None
+        self.began = time.perf_counter()
+        self.waited = 0.0
+
+    def share(self, n: int) -> tuple[int, int]:
+        """This worker's of ``n`` things: as many as any other's, or by the workers' paces."""
+        before, total = sum(self.weights[: self.rank]), sum(self.weights)
+        return n * before // total, n * (before + self.weights[self.rank]) // total
+
+    def counted(self, n: int) -> team.Part:
+        """The part that ``n`` rows here are of all."""
+        counts = self.world.all(torch.tensor(n), "counts").tolist()
+        start = sum(counts[: self.rank])
+        return team.Part(((start, start + n),), sum(counts))
+
+    def gathered(self, rows: Tensor) -> Tensor:
+        """The rows of all workers."""
+        return self.world.rows(rows, "gathered")
+
+    def lend(self, module: nn.Module, kind: str, recipe: Recipe) -> Tables:
+        """Take over a module's norms, dropout and tables."""
+        if recipe.batch < self.size:
+            raise ConfigError(
+                f"a batch of {recipe.batch} rows cannot be parted among {self.size} workers; give at least a row each"
+            )
+        self.split = Split(module, self.world)
+        self.cut = shard.Cut(module, self.held, kind, recipe.embedding_l2, self.near, self.across, self.world)
+        return _Lent(self)
+
+    def part(self, rows: int) -> contextlib.AbstractContextManager[None]:
+        """This worker's part of a batch."""
+        self._begin()
+        return self.split.part(rows)
+
+    def expect(self, params: Sequence[nn.Parameter]) -> None:
+        """Listen for the gradients of dense layers."""
+        if self.buckets is None:
+            tables = {id(h.module.weight) for h in self.held}
+            self.buckets = Buckets([p for p in params if id(p) not in tables], self.world)
+        self.buckets.begin()
+
+    def settle(self) -> None:
+        """Wait for their sums."""
+        assert self.buckets is not None
+        self.buckets.settle()
+
+    def norm(self, whole: Sequence[Tensor]) -> float:
+        """The norm of all gradients; ``whole`` may hold blocks of cut tables, which are told apart."""
+        parted = {id(h.module.weight.grad) for h in self.held}
+        mine, same = self.cut.squares()
+        self.near.sum(mine, "norms")
+        dense = sum((g.square().sum() for g in whole if id(g) not in parted), torch.zeros(()))
+        return float((mine + same + dense).sqrt())
+
+    def agree(self, loss: Tensor, wishes: tuple[bool, ...]) -> tuple[Tensor, tuple[bool, ...]]:
+        """Add up the loss, take up what any worker wishes, and learn how long each one's step took."""
+        told = torch.zeros(1 + len(wishes) + self.size, dtype=torch.float64)
+        told[0] = loss
+        told[1 : 1 + len(wishes)] = torch.tensor(wishes, dtype=torch.float64)
+        told[1 + len(wishes) + self.rank] = time.perf_counter() - self.began - (self._waited() - self.waited)
+        self.world.sum(told, "agreement")
+        self.steps.done += 1
+        self.steps.seconds += told[1 + len(wishes) :]
+        self.steps.bytes.update(self.sent - self.before)
+        if self.balance and self.steps.done - self.weighed[0] >= WEIGHED:
+            self._weigh()
+        return told[0].clone(), tuple(bool(w) for w in told[1 : 1 + len(wishes)])
+
+    def _weigh(self) -> None:
+        """Give each worker rows by its pace in the last steps, half of the way there, and none less than a quarter of its part.
+
+        All workers know all times, so all come to the same.
+        """
+        seconds = (self.steps.seconds - self.weighed[1]).tolist()
+        pace = [w / max(s, 1e-9) for w, s in zip(self.weights, seconds, strict=True)]
+        fair = [WHOLE * self.size * p / sum(pace) for p in pace]
+        self.weights = [max(WHOLE // 4, round((w + f) / 2)) for w, f in zip(self.weights, fair, strict=True)]
+        self.weighed = self.steps.done, self.steps.seconds.clone()
+
+    def paces(self) -> tuple[float, ...]:
+        """Milliseconds a step of each worker since this was asked last."""
+        done, seconds = self.told
+        self.told = self.steps.done, self.steps.seconds.clone()
+        steps = max(1, self.steps.done - done)
+        return tuple(round(1000 * s / steps, 3) for s in (self.steps.seconds - seconds).tolist())
+
+    def keeper(self, path: Path) -> Keeper:
+        """Sharded checkpoints in a folder."""
+        self.folder = Folder(path, self.names, self.side)
+        return self.folder
+
+    def close(self) -> None:
+        """Wait for what is being written."""
+        if self.folder is not None:
+            self.folder.wait()
+
+    def _begin(self) -> None:
+        self.generator.manual_seed(self.steps.done * self.size + self.rank)
+        self.began, self.waited, self.before = time.perf_counter(), self._waited(), self.sent.copy()
+
+    def _waited(self) -> float:
+        return sum(w.waited for w in {id(w): w for w in (self.world, self.near, self.across)}.values())
+
+
+class _Lent:
+    """A crew's tables, which give back the norms too."""
+
+    def __init__(self, crew: Crew) -> None:
+        self.crew = crew
+        cut = crew.cut
+        self.clear, self.gather, self.step = cut.clear, cut.gather, cut.step
+        self.state, self.restore = cut.state, cut.restore
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        return self.crew.cut.parameters
+
+    def release(self) -> None:
+        """Leave the module as it was found, but for its blocks."""
+        self.crew.cut.release()
+        self.crew.split.release()
+        if self.crew.buckets is not None:
+            self.crew.buckets.release()
+            self.crew.buckets = None
+
+
+def _alone(rank: int) -> dist.ProcessGroup:
+    """A group of this rank only, made with everybody's."""
+    groups = [dist.new_group([k]) for k in range(dist.get_world_size())]
+    return groups[rank]

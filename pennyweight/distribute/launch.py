@@ -1,0 +1,288 @@
+"""Start workers, watch them, start them again: a training by many from one command.
+
+The workers are started by ``torchrun``'s own agent (``torch.distributed.launcher``), in this process; it starts all of them
+again when one ends badly, and they go on from the last checkpoint. On several hosts the same command is given on each: an
+*address file* names them, a line each, and the first one's port is where they meet. What the agent does not know is done here:
+progress is told, Ctrl-C stops all at one step, an error that another try would meet again ends at once, and is said once.
+
+Workers are forked from a server process that has imported PyTorch already, so starting four again takes a fraction of a second
+and not four imports.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import contextlib
+import dataclasses
+import json
+import logging
+import multiprocessing
+import os
+import shutil
+import signal
+import socket
+import time
+import uuid
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import psutil
+from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.elastic.rendezvous.api import RendezvousError
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+from pennyweight.core.config import decode, dumps, loads, write
+from pennyweight.core.errors import ConfigError, DataError, DeviceError
+from pennyweight.data.dataset import How
+from pennyweight.distribute import checkpoint, worker
+from pennyweight.distribute.codec import Kind
+from pennyweight.distribute.worker import Job
+from pennyweight.model.placement import Placement
+from pennyweight.model.spec import Model, Spec
+from pennyweight.model.train import EpochLog, Fit, Progress, Recipe
+
+PORT = 29400
+"""Where hosts meet, if the address file does not say."""
+RESTARTS = 1000
+"""Of all workers, at most; ``worker.TRIES`` in a row without a checkpoint end it long before."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Host:
+    """A line of an address file: ``ADDRESS[:PORT] [WORKERS]``."""
+
+    address: str
+    port: int = PORT
+    workers: int = 0
+    """0 is as many as the command says."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Many:
+    """How many workers train, and how they are looked after."""
+
+    workers: int = 1
+    """On this host."""
+    placement: str | Placement = "hybrid"
+    """How tables are cut (``ways``), or which worker holds what."""
+    replicas: int = 1
+    """Groups of workers that each hold everything."""
+    hosts: tuple[Host, ...] = ()
+    """All hosts, this one too; empty is this machine alone."""
+    every: int = 0
+    """Steps between two checkpoints inside an epoch; 0 is a minute."""
+    timeout_s: float = 60.0
+    """How long a worker or a host that does not answer is waited for."""
+    memory_bytes: int = 0
+    """Memory that each worker may take for its data, which the system enforces; 0 is no limit."""
+    balance: bool = False
+    """Whether slow workers get fewer rows."""
+    traffic: Kind = "fp32"
+    """How rows and gradients are written on the way (``codec``)."""
+    tick_s: float = 0.5
+    """Seconds between two reports of progress."""
+
+    def __post_init__(self) -> None:
+        if self.workers < 1 or self.every < 0 or self.timeout_s <= 0 or self.memory_bytes < 0:
+            raise ConfigError(
+                f"{self.workers} workers, a checkpoint every {self.every} steps, time-out {self.timeout_s:g} s, "
+                f"{self.memory_bytes} bytes: give at least 1 worker, and a time-out above 0"
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class Told:
+    """What came of a training by workers."""
+
+    fit: Fit
+    steps: Mapping[str, Any]
+    """Steps since the last start, each worker's seconds in them, and the bytes that rank 0 sent by purpose."""
+
+
+def train(
+    spec: Spec,
+    data: Path,
+    parts: tuple[How, tuple[float, float, float]],
+    recipe: Recipe,
+    seed: int,
+    folder: Path,
+    many: Many,
+    *,
+    allow: tuple[str, ...] = (),
+    watch: Callable[[Progress | EpochLog], None] = lambda _: None,
+) -> tuple[Model, Told]:
+    """The trained model and its record; a training that was stopped in this folder is gone on with.
+
+    Args:
+        spec: the model.
+        data: a dataset folder.
+        parts: how it is split, and by which fractions.
+        recipe: how it is trained.
+        seed: of the split, the first weights and the training.
+        folder: for checkpoints and what workers tell, shared by all hosts; what is in it afterwards may be removed.
+        many: by whom.
+        allow: factories that may be loaded.
+        watch: hears of progress.
+
+    Raises:
+        PennyweightError: as a training by one would, or as the workers agreed on.
+        DeviceError: a host did not come, a port is taken, or workers end again and again.
+    """
+    same = {f.name: getattr(many, f.name) for f in dataclasses.fields(many) if f.name not in ("workers", "hosts")}
+    job = Job(spec, str(data.absolute()), *parts, recipe, seed, allow=allow, **same)
+    workers, hosts = many.workers, many.hosts
+    here = _here(hosts)
+    folder.mkdir(parents=True, exist_ok=True)
+    if here == 0:
+        for old in ("error.json", "stop", "progress.jsonl", "tries.json"):
+            (folder / old).unlink(missing_ok=True)
+        shutil.rmtree(folder / "fitted", ignore_errors=True)
+        write(folder / "job.json", dumps(job))
+    launch = elastic_launch(_config(job, workers, hosts, here), worker.main)
+    with concurrent.futures.ThreadPoolExecutor(1) as thread, _quiet():
+        running = thread.submit(launch, str(folder))
+        _follow(running, folder, watch)
+        error = running.exception()
+    final = worker.told(folder)
+    if final is not None:
+        raise final
+    if error is not None:
+        raise _said(error, job, hosts)
+    state, notes = checkpoint.whole(folder / "fitted")
+    fitted = loads(Fit, notes["fit"], "fit")
+    weights = {k.removeprefix("module."): v for k, v in state.items()}
+    return Model(job.spec, weights), Told(fitted, json.loads(notes["steps"]))
+
+
+def read_hosts(path: Path) -> tuple[Host, ...]:
+    """An address file: a host a line, ``ADDRESS[:PORT] [WORKERS]``; ``#`` begins a comment.
+
+    Raises:
+        ConfigError: it cannot be read, or a line of it.
+    """
+    try:
+        lines = path.read_text().splitlines()
+    except OSError as error:
+        raise ConfigError(f"{path}: {error.strerror}; give a file with the address of a host on each line") from error
+    found = []
+    for number, line in enumerate(lines, 1):
+        words = line.partition("#")[0].split()
+        if not words:
+            continue
+        address, _, port = words[0].partition(":")
+        if len(words) > 2 or not all(w.isdecimal() for w in (*words[1:], port or "0")):
+            raise ConfigError(f"{path}, line {number}: {line.strip()!r} is not ADDRESS[:PORT] [WORKERS]")
+        found.append(Host(address, int(port or PORT), int(words[1]) if len(words) > 1 else 0))
+    if len({h.address for h in found}) < len(found) or not found:
+        raise ConfigError(f"{path} names {len(found)} hosts; name each once, and at least one")
+    return tuple(found)
+
+
+def _here(hosts: Sequence[Host]) -> int:
+    """Which of the hosts this one is."""
+    if not hosts:
+        return 0
+    own = {a.address for addresses in psutil.net_if_addrs().values() for a in addresses} | {socket.gethostname()}
+    found = [k for k, host in enumerate(hosts) if host.address in own]
+    if not found:
+        raise ConfigError(
+            f"this machine has none of the addresses {', '.join(h.address for h in hosts)}; its own must be in the file"
+        )
+    return found[0]
+
+
+def _config(job: Job, workers: int, hosts: Sequence[Host], here: int) -> LaunchConfig:
+    multiprocessing.set_forkserver_preload(["__main__", "pennyweight.distribute.worker"])
+    shared: dict[str, Any] = {
+        "max_restarts": RESTARTS, "monitor_interval": 0.1, "start_method": "forkserver", "rdzv_backend": "c10d",
+        "logs_specs": DefaultLogsSpecs(), "shutdown_timeout": 5,
+    }  # fmt: skip
+    if not hosts:
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", _interface("127.0.0.1"))
+        return LaunchConfig(
+            1, 1, workers, run_id=uuid.uuid4().hex, rdzv_endpoint="127.0.0.1:0", local_addr="127.0.0.1", **shared
+        )
+    first, mine = hosts[0], hosts[here]
+    if here == 0:
+        _free(first)
+    os.environ["GLOO_SOCKET_IFNAME"] = _interface(mine.address)
+    configs = {"timeout": job.timeout_s, "join_timeout": job.timeout_s, "is_host": here == 0, "last_call_timeout": 5}
+    return LaunchConfig(
+        len(hosts), len(hosts), mine.workers or workers, run_id="pennyweight", rdzv_configs=configs,
+        rdzv_endpoint=f"{first.address}:{first.port}", local_addr=mine.address, **shared,
+    )  # fmt: skip
+
+
+def _free(host: Host) -> None:
+    """That the port is there to be taken."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host.address, host.port))
+        except OSError as error:
+            raise DeviceError(
+                f"{host.address}:{host.port} cannot be opened ({error.strerror}); name another port in the file's first line"
+            ) from error
+
+
+def _interface(address: str) -> str:
+    """The network interface that has an address."""
+    return next((n for n, found in psutil.net_if_addrs().items() if any(a.address == address for a in found)), "lo")
+
+
+def _follow(running: concurrent.futures.Future[Any], folder: Path, watch: Callable[[Progress | EpochLog], None]) -> None:
+    """Tell what the workers tell, until they are done; Ctrl-C asks them to stop at one step, once."""
+    place = 0
+
+    def tell() -> int:
+        with contextlib.suppress(FileNotFoundError), open(folder / "progress.jsonl", "rb") as file:
+            file.seek(place)
+            for line in file:
+                if not line.endswith(b"\n"):
+                    return file.tell() - len(line)
+                found = json.loads(line)
+                event = decode(EpochLog, found["epoch"]) if "epoch" in found else decode(Progress, found["progress"])
+                watch(event)
+            return file.tell()
+        return place
+
+    while not running.done():
+        try:
+            place = tell()
+            time.sleep(0.05)
+        except KeyboardInterrupt:
+            (folder / "stop").touch()
+    tell()
+
+
+def _said(error: BaseException, job: Job, hosts: Sequence[Host]) -> Exception:
+    """What the agent's error means to who gave the command."""
+    wait = f"within {job.timeout_s:g} s (--timeout)"
+    if isinstance(error, ChildFailedError):
+        first = next(iter(error.failures.values()))
+        return DeviceError(f"worker {first.local_rank} ended with status {first.exitcode}; its own words stand above")
+    if isinstance(error, RendezvousError) or "imed out" in str(error) or "imeout" in str(error):
+        names = ", ".join(h.address for h in hosts) or "this machine"
+        return DeviceError(
+            f"not all of {names} came {wait}: start the same command on each, and look whether they reach the first one"
+        )
+    return error if isinstance(error, Exception) else DataError(str(error))
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """The agent logs what is told here in a line."""
+    loggers = [logging.getLogger(name) for name in logging.root.manager.loggerDict if name.startswith("torch.distributed")]
+    before = [each.level for each in loggers]
+    for each in loggers:
+        each.setLevel(logging.CRITICAL)
+    old = signal.getsignal(signal.SIGINT)
+    try:
+        yield
+    finally:
+        for each, level in zip(loggers, before, strict=True):
+            each.setLevel(level)
+        with contextlib.suppress(ValueError):
+            signal.signal(signal.SIGINT, old)

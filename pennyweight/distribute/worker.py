@@ -1,0 +1,243 @@
+"""One worker of a training: what ``torchrun``'s agent starts, and starts again when a worker was lost.
+
+It reads the job, joins the others, makes sure that all have the same one, and runs the loop that one worker alone would run.
+What goes wrong is told in a file of the job's folder, by one worker: an error that another try would meet again is final, and
+workers that are started again see it and end at once; a lost peer is none, and they go on from the last checkpoint.
+
+    folder/
+      job.json          what to do
+      checkpoint/       where the training is (distribute/checkpoint)
+      progress.jsonl    what rank 0 has to tell
+      stop              somebody wants it to stop
+      error.json        why it cannot go on
+      tries.json        the last checkpoint each start found
+      rank-0.pid …      the processes
+      fitted/           the trained model and its record, as blocks
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import hashlib
+import json
+import os
+import resource
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from pennyweight.core import errors, hardware, memory
+from pennyweight.core.config import dumps, encode, loads, write
+from pennyweight.core.errors import ConfigError, DataError, DeviceError, PennyweightError
+from pennyweight.data.dataset import Dataset, How
+from pennyweight.distribute import checkpoint, ways
+from pennyweight.distribute.codec import Kind
+from pennyweight.distribute.crew import Crew
+from pennyweight.distribute.wire import Lost
+from pennyweight.model import train
+from pennyweight.model.placement import Placement
+from pennyweight.model.spec import Spec, seeded
+from pennyweight.model.train import EpochLog, Progress, Recipe
+
+TRIES = 4
+"""Starts in a row that may find no newer checkpoint than the one before."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """A training for workers; each reads it from ``job.json``."""
+
+    spec: Spec
+    data: str
+    """A dataset folder, the same on all hosts."""
+    split: How
+    fractions: tuple[float, float, float]
+    recipe: Recipe
+    seed: int
+    placement: str | Placement = "row"
+    """How tables are cut (``distribute.ways``), or which worker holds what; for another number of workers it is cut alike."""
+    replicas: int = 1
+    """Groups of workers that each hold everything."""
+    every: int = 0
+    """Steps between two checkpoints inside an epoch; 0 is a minute."""
+    timeout_s: float = 60.0
+    """How long a worker that does not answer is waited for."""
+    memory_bytes: int = 0
+    """Memory that each worker may take for its data, which the system enforces; 0 is no limit."""
+    balance: bool = False
+    """Whether slow workers get fewer rows."""
+    traffic: Kind = "fp32"
+    """How rows and gradients are written on the way (``codec``)."""
+    threads: int = 0
+    """Of each worker; 0 divides the cores."""
+    tick_s: float = 0.5
+    """Seconds between two reports of progress."""
+    allow: tuple[str, ...] = ()
+
+
+def main(folder: str) -> None:
+    """Train as the worker that the environment says, or say why not and end with status 1."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the launcher, which asks all to stop at one step
+    home = Path(folder)
+    if (home / "error.json").exists():
+        return
+    try:
+        _work(home, loads(Job, (home / "job.json").read_bytes(), "job.json"))
+    except (PennyweightError, RuntimeError, MemoryError) as error:
+        if not isinstance(error, PennyweightError):
+            if not memory.short(error):
+                raise
+            rank, told = os.environ.get("RANK", "?"), str(error).splitlines()[0][:200]
+            error = DeviceError(
+                f"worker {rank} has no memory left ({told}); take more workers, a smaller batch, or compress tables"
+            )
+        if not isinstance(error, Lost):
+            _tell(home, error)
+        os._exit(1)  # not by the usual way, on which others would be waited for
+
+
+def _work(home: Path, job: Job) -> None:
+    wait = datetime.timedelta(seconds=job.timeout_s)
+    torch.set_num_threads(job.threads or max(1, hardware.limits()[0] // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+    try:
+        dist.init_process_group("gloo", timeout=wait)
+    except (RuntimeError, dist.DistError) as error:
+        raise Lost(f"the other workers were not met within {job.timeout_s:g} s (--timeout): {error}") from error
+    write(home / f"rank-{dist.get_rank()}.pid", str(os.getpid()))
+    _tried(home, dist.get_rank())
+    data = Dataset.open(job.data)
+    parts = data.split(job.split, job.fractions, job.seed)
+    _same(job, data)
+    if job.memory_bytes:
+        resource.setrlimit(resource.RLIMIT_DATA, (job.memory_bytes, job.memory_bytes))
+    module = seeded(job.spec, job.seed, job.allow)
+    crew = Crew(module, _placed(job, module), every=job.every, timeout=wait, balance=job.balance, traffic=job.traffic)
+    train.TICK_S = job.tick_s
+    with _stopping(home), open(home / "progress.jsonl", "a", buffering=1) as told:
+
+        def hear(event: Progress | EpochLog) -> None:
+            if crew.rank == 0:
+                kind = "epoch" if isinstance(event, EpochLog) else "progress"
+                told.write(json.dumps({kind: encode(event), "bytes": dict(crew.steps.bytes), "steps": crew.steps.done}) + "\n")
+
+        fitted = train.fit(
+            module, parts.train, parts.valid, job.recipe, inputs=job.spec.inputs, seed=job.seed,
+            checkpoint=home / "checkpoint", progress=hear, workers=crew,
+        )  # fmt: skip
+    crew.close()
+    shelf = checkpoint.Folder(home / "fitted", crew.names, crew.side)
+    state = {f"module.{k}": v for k, v in module.state_dict().items()}
+    shelf.save(state, {"fit": dumps(fitted), "steps": dumps(_counted(crew))})
+    if (failed := shelf.wait()) is not None:
+        raise failed
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def _placed(job: Job, module: nn.Module) -> Placement:
+    """Who holds what, for the workers there are."""
+    size = dist.get_world_size()
+    if isinstance(job.placement, Placement) and job.placement.world_size == size:
+        return job.placement
+    if isinstance(job.placement, Placement):
+        return ways.again(job.placement, size)
+    return ways.placed(job.placement, ways.tables(module), size, job.replicas)
+
+
+def _counted(crew: Crew) -> dict[str, object]:
+    """What this worker counted: rank 0 tells."""
+    steps = crew.steps
+    return {"steps": steps.done, "seconds": steps.seconds.tolist(), "bytes": dict(steps.bytes), "workers": crew.size}
+
+
+def _same(job: Job, data: Dataset) -> None:
+    """That all workers have the same job, data and versions.
+
+    Raises:
+        ConfigError: they have not; on all workers alike.
+    """
+    given = {"data": data.fingerprint, "versions": dumps(hardware.versions()), "job": dumps(dataclasses.replace(job, data=""))}
+    for name, mine in given.items():
+        code = torch.frombuffer(bytearray(hashlib.sha256(mine.encode()).digest()), dtype=torch.uint8)
+        codes = [torch.empty_like(code) for _ in range(dist.get_world_size())]
+        dist.all_gather(codes, code)
+        other = next((rank for rank, c in enumerate(codes) if not torch.equal(c, codes[0])), None)
+        if other is not None:
+            said = " and ".join(f"{bytes(codes[r].tolist()).hex()[:12]} on rank {r}" for r in (0, other))
+            rest = {
+                "data": f"rank {other} has other data than rank 0 ({said}); give all hosts the same dataset folder",
+                "versions": f"rank {other} has other versions than rank 0; install the same packages on all hosts",
+                "job": f"rank {other} was given another command than rank 0; run the same one on all hosts",
+            }
+            raise ConfigError(rest[name])
+
+
+def _tried(home: Path, rank: int) -> None:
+    """Count this start, and give up where starts in a row came no further.
+
+    Raises:
+        DeviceError: they did not.
+    """
+    if rank:
+        return
+    file = home / "tries.json"
+    found: list[int] = json.loads(file.read_text()) if file.exists() else []
+    found.append(checkpoint.newest(home / "checkpoint"))
+    write(file, json.dumps(found[-TRIES - 1 :]))
+    if len(found) > TRIES and len(set(found[-TRIES - 1 :])) == 1:
+        raise DeviceError(
+            f"workers were lost {TRIES} times in a row with no checkpoint between; look for what ends them (memory, time "
+            "limits), or save more often (--every)"
+        )
+
+
+@contextmanager
+def _stopping(home: Path) -> Iterator[None]:
+    """As long as this lasts, a file ``stop`` is as good as Ctrl-C."""
+    over = threading.Event()
+
+    def watch() -> None:
+        while not over.wait(0.05):
+            if (home / "stop").exists():
+                os.kill(os.getpid(), signal.SIGINT)
+                return
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+
+
+def _tell(home: Path, error: PennyweightError) -> None:
+    """Leave a final error for the launcher, if nobody has."""
+    told = {"error": type(error).__name__, "message": str(error), "time": time.time()}
+    part = home / f"error.{os.getpid()}"
+    part.write_text(json.dumps(told))
+    try:
+        os.link(part, home / "error.json")  # fails where another was first
+    except FileExistsError:
+        pass
+    finally:
+        part.unlink()
+
+
+def told(home: Path) -> PennyweightError | None:
+    """The final error that a worker left."""
+    file = home / "error.json"
+    if not file.exists():
+        return None
+    found = json.loads(file.read_text())
+    kind = getattr(errors, found["error"], DataError)
+    error: PennyweightError = kind(found["message"])
+    return error
