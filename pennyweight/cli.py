@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -16,10 +16,13 @@ from rich.table import Table
 from pennyweight import __version__
 from pennyweight.core import budget as budgets
 from pennyweight.core import hardware
-from pennyweight.core.config import decode, loads
+from pennyweight.core.config import decode, dumps, loads, write
 from pennyweight.core.errors import ConfigError, DataError, DeviceError, PennyweightError, PlanError
 from pennyweight.data.dataset import How
 from pennyweight.progress import watching
+
+if TYPE_CHECKING:
+    from pennyweight.distribute import launch
 
 app = typer.Typer(
     name="pennyweight",
@@ -117,6 +120,19 @@ def train(
     inputs: Annotated[str, typer.Option(help="Columns your own model's forward takes, as a,b.")] = "",
     allow: Allow = [],  # noqa: B006
     split: Annotated[str, typer.Option(help="time, last, user, random or order; by default what the data suggests.")] = "",
+    workers: Annotated[
+        int, typer.Option(help="Processes that train it together, on each host; 0 is this one. The result is the same.")
+    ] = 0,
+    placement: Annotated[
+        str, typer.Option(help="How workers hold tables: data, table, row, column, grid, hybrid; or a placement's JSON file.")
+    ] = "hybrid",
+    replicas: Annotated[int, typer.Option(help="Groups of workers that each hold all tables.")] = 1,
+    hosts: Annotated[
+        Path | None, typer.Option(help="File with a host a line, ADDRESS[:PORT] [WORKERS]; give the same command on each.")
+    ] = None,
+    every: Annotated[int, typer.Option(help="Steps between workers' checkpoints; a minute by default.")] = 0,
+    timeout: Annotated[float, typer.Option(help="Seconds that a worker or host which does not answer is waited for.")] = 60.0,
+    memory: Annotated[str, typer.Option(help="Memory that each worker may take, as 2GB; the system enforces it.")] = "",
     seed: Seed = 0,
 ) -> None:
     """Train a model and leave a run folder. Stopped and started again, it goes on where it was.
@@ -138,19 +154,36 @@ def train(
     recipe = decode(Recipe, settings, "train")
     given = loads(dict, args, "--args") if ":" in model else _model_args(model, dim, hidden, dropout)
     fed = tuple(c for c in inputs.split(",") if c)
+    many = _many(workers, placement, replicas, hosts, every, timeout, memory)
     with watching(err_console) as (tell, watch, _):
         dataset, how, fractions = _dataset(data, column, out / "data")
         tell(f"{len(dataset):,} rows; training {model}")
         how = decode(How, split or how, "--split")
         run = job.train(
             dataset, model, given, recipe, out, inputs=fed, split=how, fractions=fractions, seed=seed, describe=data,
-            allow=tuple(allow), watch=watch, paced=batch == "auto",
+            allow=tuple(allow), watch=watch, paced=batch == "auto", many=many,
         )  # fmt: skip
     best = max(e.metric for e in run.epochs) if run.epochs else float("nan")
     out_console.print(
         f"{out}/bundle: {model}, validation {metric} {best:.4f} in {run.seconds:.0f} s. Next: pennyweight optimize {out}",
         highlight=False,
     )
+
+
+def _many(
+    workers: int, placement: str, replicas: int, hosts: Path | None, every: int, timeout: float, memory: str
+) -> launch.Many | None:
+    """Who trains: this process where neither workers nor hosts are named."""
+    if not workers and hosts is None:
+        return None
+    from pennyweight.distribute import launch
+    from pennyweight.model.placement import Placement
+
+    file = Path(placement)
+    cut = loads(Placement, _text(file), placement) if file.suffix == ".json" else placement
+    named = () if hosts is None else launch.read_hosts(hosts)
+    limit = budgets.parse(f"memory <= {memory}").memory_bytes or 0 if memory else 0
+    return launch.Many(max(1, workers), cut, replicas, named, every, timeout, int(limit))
 
 
 @app.command()
@@ -336,6 +369,131 @@ def bench(
         ratios = f"{costs[0].bytes / spent.bytes:.1f}x", f"{costs[0].p99_ms / spent.p99_ms:.1f}x"
         shown.add_row(str(path), f"{spent.bytes:,}", f"{spent.p50_ms:.3f}", f"{spent.p99_ms:.3f}", *ratios)
     out_console.print(shown)
+
+
+@app.command()
+def plan(
+    source: Annotated[
+        Path, typer.Argument(help="A bundle, a run folder, or a model's spec as JSON (factory, args), which may fit nowhere.")
+    ],
+    workers: Annotated[
+        int, typer.Option(help="Workers in all; by default those of the topology's file, else a core each.")
+    ] = 0,
+    hosts: Annotated[int, typer.Option(help="Hosts they are on, all alike; they divide the workers.")] = 0,
+    memory: Annotated[str, typer.Option(help="Memory of each worker, as 2GB; by default its share of this machine.")] = "",
+    batch: Annotated[int, typer.Option(help="Rows in a step, over all workers.")] = 4096,
+    tables: Annotated[
+        str, typer.Option(help="How tables are trained, as in `train`: dense, adagrad, lazy-adam or sgd.")
+    ] = "adagrad",
+    topology: Annotated[
+        Path | None,
+        typer.Option(
+            help="JSON of hosts, links, rates and prices; where there is no such file, what is measured is written there."
+        ),
+    ] = None,
+    cut_dense: Annotated[
+        bool, typer.Option("--cut-dense", help="Cut wide dense layers too; `train` keeps them whole.")
+    ] = False,
+    rehearse: Annotated[int, typer.Option(help="Steps to train with the placement here, to hold against the prediction.")] = 0,
+    scale: Annotated[bool, typer.Option("--scale", help="Also on paper: 2 to 4,096 workers, each with as many rows.")] = False,
+    before: Annotated[str, typer.Option(help="What the model weighed before it was compressed, as 2GB.")] = "",
+    out: Annotated[Path | None, typer.Option(help="Placement to write, for `train --placement`; a bundle's own stays.")] = None,
+    report: Annotated[Path | None, typer.Option(help="Page to write, with the placement drawn.")] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print all of it as JSON in place of tables.")] = False,
+    allow: Allow = [],  # noqa: B006
+) -> None:
+    """Which worker should hold which table, what a step will cost, and why.
+
+    The placement that fits memory, takes the least predicted time a step, then the least money: tables whole on every worker,
+    on one, or cut by row, column or both; in one group of workers or in several that hold the same. Rates are measured here
+    first, in some seconds: arithmetic, lookups, two processes that exchange messages, and a step of the model itself. A model
+    that fits nowhere says by how much, and four ways out.
+
+    Then: pennyweight train DATA --workers 8 --placement placement.json
+    """
+    from pennyweight.distribute import formulas, planner
+    from pennyweight.distribute import rehearse as stage
+    from pennyweight.distribute import scale as paper
+    from pennyweight.report import placement as shown
+    from pennyweight.report import scaling
+
+    with watching(err_console) as (tell, _, _):
+        there = _topology(topology, workers, hosts, memory, tell)
+        work, spec, columns = _work(source, batch, tables, there.world, tuple(allow), topology is not None, tell)
+        made = planner.plan(work, there, dense=cut_dense)
+        four = formulas.printed(made, int(_size(before)) if before else 0)
+        measured = None
+        if rehearse:
+            tell(f"training {rehearse} steps with {there.world} workers here")
+            trial = stage.Trial.of(
+                spec, made.chosen.placement, batch, columns, update=work.update, steps=rehearse, allow=tuple(allow)
+            )
+            with stage.Stage(there.world) as workers_here:
+                measured = workers_here.measure(trial)
+        grown = paper.simulate(work.replace(batch=max(1, batch // there.world)), paper.linked(there)) if scale else ()
+    if out is not None:
+        write(out, dumps(made.chosen.placement))
+    if report is not None:
+        write(report, shown.page(made, four, measured, grown))
+    if json:
+        found = shown.summary(made, four, measured)
+        typer.echo(dumps({**found, "scale": grown} if grown else found), nl=False)
+        return
+    for drawn in (*shown.tables(made), *([scaling.table(work.name, grown)] if grown else ())):
+        out_console.print(drawn)
+    for line in shown.lines(made, four, measured):
+        out_console.print(line, markup=False, highlight=False, soft_wrap=True)
+    for path in (p for p in (out, report) if p is not None):
+        out_console.print(f"wrote {path}", markup=False, highlight=False)
+
+
+def _topology(file: Path | None, workers: int, hosts: int, memory: str, tell: Any) -> hardware.Topology:
+    """The hosts to plan for: those of a file, or this machine measured; options change their number."""
+    from pennyweight.distribute import calibrate
+
+    if min(workers, hosts) < 0:
+        raise ConfigError(f"--workers {workers} and --hosts {hosts} must not be negative")
+    known = loads(hardware.Topology, _text(file), str(file)) if file is not None and file.exists() else None
+    count = hosts or (known.hosts if known else 1)
+    world = workers or (known.workers * count if known else hardware.limits()[0] * count)
+    if world % count:
+        raise ConfigError(f"{world} workers do not divide among {count} hosts; give --workers a multiple of {count}")
+    if known is None:
+        tell("measuring arithmetic, lookups and messages between two processes")
+        known = calibrate.measured(count, world // count)
+        if file is not None:
+            write(file, dumps(known))
+    room = int(_size(memory)) if memory else 0
+    return calibrate.resized(known, count, world // count, room)
+
+
+def _work(
+    source: Path, batch: int, tables: str, world: int, allow: tuple[str, ...], given: bool, tell: Any
+) -> tuple[Any, Any, Any]:
+    """What a step asks, with its dense layers timed here unless the topology is another machine's; the spec and its columns."""
+    from pennyweight import job
+    from pennyweight.distribute import calibrate, workload
+    from pennyweight.model.bundle import load
+    from pennyweight.model.spec import Spec
+
+    update = decode(workload.Update, tables, "--tables")
+    if source.is_file():
+        spec, columns = loads(Spec, _text(source), str(source)), None
+        work = workload.count(spec, batch, update, allow)
+    else:
+        held = load(job.located(source)[1], mapped=True)
+        spec, columns = held.model.spec, held.catalog.schema.features if held.catalog is not None else None
+        work = workload.of(held, batch, update, allow)
+    if given:
+        return work, spec, columns
+    tell("timing a step of the model's dense layers")
+    each = max(1, batch // world)
+    return work.replace(timed=calibrate.timed(spec, (max(1, each // 4), each), update, allow, columns=columns)), spec, columns
+
+
+def _size(text: str) -> float:
+    """Bytes of a size as a person writes it."""
+    return float(budgets.parse(f"memory <= {text}").memory_bytes or 0)
 
 
 @app.command()
