@@ -13,7 +13,7 @@ from pennyweight.core.config import dumps, loads
 from pennyweight.core.errors import DeviceError
 from pennyweight.optimize import search  # noqa: F401  (registers every transform)
 from pennyweight.optimize.prove import explain
-from pennyweight.optimize.trial import Part, Price, Result
+from pennyweight.optimize.trial import Part, Price, Result, Tuned
 from pennyweight.report import render, summary, table, view
 from pennyweight.report.charts import Figure, figures
 from pennyweight.report.view import ms, times
@@ -208,6 +208,28 @@ def test_predictions_are_held_against_measurements(proven: Result) -> None:
     ]
     told = view(dataclasses.replace(proven, trials=tuple(exact))).prediction
     assert told.startswith("Over 1 measured trial, predicted bytes are off by 0.0% (median; 0% at worst), p99 by 100.0%")
+
+
+def test_what_was_tuned_is_shown_the_fastest_first(proven: Result) -> None:
+    ways = (
+        Tuned("tables in int4", "eager on 1 thread", 2.0, "dropped after 4 rounds"),
+        Tuned("tables in int4", "onnxruntime on 1 thread", 0.5, chosen=True),
+        Tuned("tables in int4", "onnxruntime on <2> threads", None, "could not be made"),
+        Tuned("tables in int8", "eager on 1 thread", 3.0, chosen=True),
+    )
+    tuned = dataclasses.replace(proven, tuning=ways)
+    (plan, ran), (other, alone) = view(tuned).tuning
+    assert (plan, other, len(alone)) == ("tables in int4", "tables in int8", 1)
+    assert [(r.runtime, r.slower, r.chosen) for r in ran] == [
+        ("onnxruntime on 1 thread", "1.00×", True),
+        ("eager on 1 thread", "4.00×", False),
+        ("onnxruntime on <2> threads", "", False),
+    ]
+    page = render(tuned)
+    assert "Tables in int4" in page and "dropped after 4 rounds" in page and "onnxruntime on &lt;2&gt; threads" in page
+    assert "How it runs fastest here" in page and "How it runs fastest here" not in render(proven)
+    assert json.loads(dumps(summary(tuned)))["tuning"][1]["chosen"] is True
+    assert loads(Result, dumps(tuned), "record") == tuned
 
 
 # -- text ----------------------------------------------------------------------------------------------------------------

@@ -36,7 +36,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from pennyweight.accelerate.tune import tune
+from pennyweight.accelerate.tune import CHOSEN, SetRuntime, Timing, tune
 from pennyweight.compress.onnx import types as graph_types
 from pennyweight.compress.prune import FoldNorms, foldable
 from pennyweight.compress.rewrite import Untouched, untouched
@@ -66,7 +66,7 @@ from pennyweight.optimize.space import (
     structures,
     types,
 )
-from pennyweight.optimize.trial import Cost, Epoch, Price, Quality, Result, Trial
+from pennyweight.optimize.trial import Cost, Epoch, Price, Quality, Result, Trial, Tuned
 
 Watch = Callable[["Step"], None]
 Against = Literal["given", "control"]
@@ -224,6 +224,8 @@ class Search:
     norms: bool = False
     """Whether the model has norms that can be folded."""
     known: dict[str, Trial] = dataclasses.field(default_factory=dict)
+    tuned: list[Tuned] = dataclasses.field(default_factory=list)
+    """What was tried when runtimes were chosen."""
     interrupted: bool = False
     way: int | None = None
     """Which of the recoveries is used, once it is known."""
@@ -729,13 +731,14 @@ class Search:
         for alike in _alike(sorted(held, key=self._objective)[:8])[:TUNED]:
             if self.left() < self.reserve:
                 return
-            chosen, _ = tune(
+            chosen, trace = tune(
                 self.bundles[_key(alike[0].plan)],
                 requests,
                 seconds=min(30 * self.options.timing_s, self.left() / 3),
                 engines=self.options.engines,
                 allow=self.env.allow,
             )
+            self.tuned += [_tuned(alike[0].plan, t) for t in trace]
             runtime = Runtime(chosen.engine, chosen.threads, chosen.batch)
             for trial in alike:
                 if self.bundles[_key(trial.plan)].runtime != runtime:
@@ -1005,6 +1008,7 @@ def _result(search: Search, chosen: Trial | None, control: Trial | None, best: B
         price=o.price,
         skip=o.skip,
         savings=savings,
+        tuning=tuple(search.tuned),
     )
 
 
@@ -1030,6 +1034,14 @@ def _alike(trials: Sequence[Trial]) -> list[list[Trial]]:
 def _bound(trial: Trial) -> float:
     assert trial.validation is not None
     return trial.validation.drop_upper_95 if math.isfinite(trial.validation.drop_upper_95) else math.inf
+
+
+def _tuned(plan: Plan, timing: Timing) -> Tuned:
+    runtime, taken = timing.runtime, timing.latency
+    words = SetRuntime(runtime.engine, runtime.threads, runtime.batch).describe()
+    chosen = timing.note == CHOSEN
+    note = "" if chosen else timing.note
+    return Tuned(plan.describe(), words.removeprefix("run with "), taken.p50_ms if taken else None, note, chosen)
 
 
 def _threads() -> tuple[int, ...]:

@@ -111,6 +111,21 @@ class Price:
 
 
 @dataclasses.dataclass(frozen=True)
+class Tuned:
+    """One way to run a plan that was tried when its runtime was chosen."""
+
+    plan: str
+    """The plan it was tried for, in words."""
+    runtime: str
+    """Engine, threads and cut, in words."""
+    p50_ms: float | None
+    """None where it was not timed."""
+    note: str = ""
+    """Why it was dropped or never timed; empty for those that were timed to the end."""
+    chosen: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
 class Result:
     """The record of one ``optimize``."""
 
@@ -146,3 +161,5 @@ class Result:
     """Patterns of layers that were to be left alone."""
     savings: tuple[str, ...] = ()
     """What the chosen plan saves per million requests, in plain sentences."""
+    tuning: tuple[Tuned, ...] = ()
+    """Every engine, number of threads and cut that was tried, plan by plan."""

@@ -47,6 +47,7 @@ def summary(result: Result) -> dict[str, Any]:
         "seconds": round(result.seconds, 1),
         "epochs": encode(result.epochs),
         "trials": [_tried(t) for t in result.trials],
+        "tuning": encode(result.tuning),
         "parts": {"before": encode(result.parts_before), "after": encode(result.parts_after)},
         "left_alone": list(alone(result)),
     }

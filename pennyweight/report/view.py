@@ -18,7 +18,7 @@ from typing import Literal
 from pennyweight.core.budget import Budget, parse, size
 from pennyweight.core.errors import BudgetError
 from pennyweight.optimize.prove import about, exactly, rounded
-from pennyweight.optimize.trial import Cost, Part, Price, Quality, Result, Trial
+from pennyweight.optimize.trial import Cost, Part, Price, Quality, Result, Trial, Tuned
 
 NAMES = {"auc": "AUC", "log_loss": "log loss", "normalized_entropy": "normalized entropy"}
 STRANGE = "other "
@@ -91,6 +91,19 @@ class Tried:
 
 
 @dataclasses.dataclass(frozen=True)
+class Ran:
+    """One way to run a plan, as it was tuned."""
+
+    runtime: str
+    p50_ms: str
+    """Empty where it was not timed."""
+    slower: str
+    """How many times the fastest of its plan."""
+    note: str
+    chosen: bool
+
+
+@dataclasses.dataclass(frozen=True)
 class Reference:
     """A model's quality on the test rows, and its place on the scale in per cent."""
 
@@ -129,6 +142,8 @@ class View:
     """Ends of the scale of the references."""
     money: tuple[str, ...]
     tried: tuple[Tried, ...]
+    tuning: tuple[tuple[str, tuple[Ran, ...]], ...]
+    """Plans whose runtime was chosen by measuring, and what was measured, the fastest first."""
     facts: tuple[tuple[str, str], ...]
     metric: str
     date: str
@@ -156,6 +171,7 @@ def view(result: Result) -> View:
         scale=_scale(result)[0],
         money=(*result.savings, *([_priced(result.price)] if result.price and result.savings else [])),
         tried=tuple(_tried(result, number, each) for number, each in enumerate(result.trials, 1)),
+        tuning=_tuning(result.tuning),
         facts=_facts(result),
         metric=metric_of(result),
         date=result.date.replace("T", " ").replace("+00:00", " UTC"),
@@ -381,6 +397,27 @@ def _tried(result: Result, number: int, trial: Trial) -> Tried:
         bound=upper(q) if q else "–",
         seconds=f"{trial.seconds:.1f}",
         fate=fate(result, trial),
+    )
+
+
+def _tuning(tuned: Sequence[Tuned]) -> tuple[tuple[str, tuple[Ran, ...]], ...]:
+    plans: dict[str, list[Tuned]] = {}
+    for each in tuned:
+        plans.setdefault(each.plan, []).append(each)
+    return tuple((plan, _ran(each)) for plan, each in plans.items())
+
+
+def _ran(tuned: Sequence[Tuned]) -> tuple[Ran, ...]:
+    least = min((t.p50_ms for t in tuned if t.p50_ms is not None), default=math.inf)
+    return tuple(
+        Ran(
+            t.runtime,
+            "" if t.p50_ms is None else ms(t.p50_ms),
+            "" if t.p50_ms is None else f"{t.p50_ms / least:.2f}×",
+            "chosen" if t.chosen else t.note,
+            t.chosen,
+        )
+        for t in sorted(tuned, key=lambda t: math.inf if t.p50_ms is None else t.p50_ms)
     )
 
 
