@@ -38,11 +38,12 @@ from pennyweight.compress.substitute import SubstituteTables
 from pennyweight.core.config import dumps, encode, loads, members
 from pennyweight.core.curve import Curve
 from pennyweight.core.errors import ConfigError, PlanError
-from pennyweight.core.hardware import Device, Topology
+from pennyweight.core.hardware import Device, Link, Rates, Topology
 from pennyweight.data.dataset import Dataset
 from pennyweight.data.requests import Trace
 from pennyweight.data.schema import Column, Schema
 from pennyweight.distribute.place import Place
+from pennyweight.distribute.planner import Spread
 from pennyweight.model.bundle import Bundle, Index, Priority, Tenant, Variant, load, save
 from pennyweight.model.cascade import Cascade
 from pennyweight.model.onnx import read
@@ -93,6 +94,7 @@ CASES = (
     Case(QuantizeOnnx("int8-static")),
     Case(QuantizeOnnx("int4")),
     Case(Place()),
+    Case(Spread(batch=128)),
     Case(SetRuntime(engine="eager", threads=1, batch=256)),
     Case(KeepHot(1 << 20)),
     Case(SetIndex(Index("ivf", "int8", lists=64, probes=8, recall=0.99, k=100))),
@@ -137,7 +139,9 @@ def env() -> Env:
         valid=valid,
         calib=train.head(512),
         requests=Trace.sample(train, n=8, candidates=50),
-        topology=Topology((Device("cpu", "cpu", cores=2, memory_bytes=2**33),)),
+        topology=Topology(
+            (Device("cpu", "cpu", cores=2, memory_bytes=2**33),), workers=2, inside=Link(50, 1e9), rates=Rates(1e10, 5e7, 1e10)
+        ),
         recipe=Recipe(batch=128, epochs=2, lr=0.01),
         seed=7,
     )

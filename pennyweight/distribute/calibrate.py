@@ -30,7 +30,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pennyweight.core.errors import DeviceError
-from pennyweight.core.hardware import Device, Link, Rates, Topology, detect
+from pennyweight.core.hardware import Link, Rates, Topology, detect
 from pennyweight.core.measure import latency
 from pennyweight.data.schema import Column
 from pennyweight.distribute.workload import Timed, Update, columns_of, probe
@@ -51,16 +51,25 @@ FOLDED = 1000
 """Rows that tables of a model are cut to where its dense layers are timed."""
 
 
-def measured(hosts: int = 1, workers: int = 1, memory_bytes: int = 0, seconds: float = 2.0) -> Topology:
-    """This machine, measured, as one of so many hosts of so many workers; ``memory_bytes`` is a worker's, if not its share.
+def measured(hosts: int = 1, workers: int = 1, seconds: float = 2.0) -> Topology:
+    """This machine, measured, as one of so many hosts of so many workers.
 
     The link between hosts is the one inside, which is the fastest it can be; a file with the real one is better.
     """
-    found = detect()
-    cpu = dataclasses.replace(found.cpu, memory_bytes=memory_bytes * workers) if memory_bytes else found.cpu
     inside = link()
-    return Topology(
-        devices=(cpu,), hosts=hosts, workers=workers, inside=inside, between=inside if hosts > 1 else None, rates=rates(seconds)
+    return Topology(devices=(detect().cpu,), hosts=hosts, workers=workers, inside=inside, between=inside, rates=rates(seconds))
+
+
+def resized(topology: Topology, hosts: int, workers: int, memory_bytes: int = 0) -> Topology:
+    """So many hosts with so many workers each; ``memory_bytes`` is a worker's, where its share of the host is not meant."""
+    cpu = topology.cpu
+    if memory_bytes:
+        cpu = dataclasses.replace(cpu, memory_bytes=memory_bytes * workers)
+    gpus = (
+        topology.gpus if not memory_bytes else tuple(dataclasses.replace(g, memory_bytes=memory_bytes) for g in topology.gpus)
+    )
+    return dataclasses.replace(
+        topology, devices=(cpu, *gpus), hosts=hosts, workers=workers, between=topology.between or topology.inside
     )
 
 
@@ -241,8 +250,3 @@ def _exchange(size: int) -> float:
         if turn >= 3:
             times.append(time.perf_counter() - start)
     return float(np.median(times))
-
-
-def given(memory_bytes: int, workers: int, cores: int = 1, **parts: Any) -> Topology:
-    """A topology of plain hosts, for what is planned on paper."""
-    return Topology((Device("cpu", "cpu", cores, memory_bytes),), workers=workers, **parts)

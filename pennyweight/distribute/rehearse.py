@@ -1,9 +1,9 @@
 """A placement tried: a few steps of the real training engine, timed and counted, to hold against what was predicted.
 
-Workers are processes of this machine, one thread each, that stay open for several placements, since starting Python takes longer
-than the steps. They train on random rows: a step's time and bytes depend on how many ids there are and how often they repeat, not
-on what they mean. What is timed is a step of the training loop with all its exchanges, from a barrier on; data are made
-outside of it.
+Workers are processes of this machine, one thread each, that stay open for several placements, since starting Python takes
+longer than the steps. They train on random rows: a step's time and bytes depend on how many ids there are and how often they
+repeat, not on what they mean. What is timed is a step of the training loop with all its exchanges, from a barrier on; data are
+made outside of it.
 """
 
 from __future__ import annotations
@@ -126,9 +126,8 @@ class Stage:
                         f"a worker ended with {dead[0]} while a placement was tried; is there memory enough?"
                     ) from None
                 if time.monotonic() > end:
-                    raise DeviceError(
-                        f"{self.workers} workers did not try a placement within {self.timeout_s:g} s; is the machine busy? Try fewer steps"
-                    ) from None
+                    said = f"{self.workers} workers did not try a placement within {self.timeout_s:g} s"
+                    raise DeviceError(f"{said}; is the machine busy? Try fewer steps") from None
                 continue
             if isinstance(answer, str):
                 raise DeviceError(f"rank {rank}: {answer}")

@@ -61,6 +61,11 @@ def simulate(
     return tuple(_point(work, sized(topology, n), groups) for n in workers)
 
 
+def linked(topology: Topology) -> Topology:
+    """With the link inside a host between hosts too, where no other is known."""
+    return dataclasses.replace(topology, between=topology.between or topology.inside)
+
+
 def sized(topology: Topology, workers: int) -> Topology:
     """So many workers: a part of a host that has as much for each, or several hosts."""
     if workers <= topology.workers:  # on one host

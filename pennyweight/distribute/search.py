@@ -1,7 +1,8 @@
 """The best placement of tables over one group of workers.
 
 Where the choices of all tables multiply to at most ``SMALL``, every placement is costed. Else tables are placed one by one, the
-heaviest first, each where the step stays shortest, and then moved one at a time while that helps, owners also two at a time.
+heaviest first, each where the step stays shortest, and then moved one at a time while that helps, owners also two at a time;
+the same from all tables whole and from all cut by row, since what a first exchange costs no single table pays back.
 A table adds to each worker what it adds whatever others do (``cost.Share``), so a move is costed by one subtraction and one
 addition of arrays as long as the group; and of workers alike only the least busy are tried, so a table has few choices, some
 log2(W) ** 2, however many workers there are. Time grows as tables x log2(workers) ** 2 x workers, times a few passes.
@@ -73,8 +74,11 @@ class Search:
 
     def best(self) -> Predicted:
         """What fits and takes the least time; where nothing fits, what comes nearest."""
-        made = self._all() if self.every else self._thrifty(self._improved(self._greedy()))
-        return self._with_cuts(made)
+        if self.every:
+            return self._with_cuts(self._all())
+        starts = [self._greedy(), self._alike(whole=True), *([self._alike(whole=False)] if self.setting.group > 1 else [])]
+        made = min((self._improved(start) for start in starts), key=self._value)
+        return self._with_cuts(self._thrifty(made))
 
     # -- every placement -----------------------------------------------------------------------------------------------------
 
@@ -108,6 +112,13 @@ class Search:
             made[path] = min(scored, key=lambda pair: pair[0])[1]
             total = total + self._share(table, made[path])
         return made
+
+    def _alike(self, whole: bool) -> Made:
+        """Every table whole, or cut by row over all workers where it has as many."""
+        everyone = tuple(range(self.setting.group))
+        cut = {p: t.cuttable and t.rows >= len(everyone) and not whole for p, t in self._tables.items()}
+        owner: Shard | None = None if whole else Shard("table", (0,))
+        return {path: Shard("row", everyone) if cut[path] else owner for path in self._tables}
 
     def _improved(self, made: Made) -> Made:
         total = self._total(made)
