@@ -419,7 +419,7 @@ def plan(
 
     with watching(err_console) as (tell, _, _):
         there = _topology(topology, workers, hosts, memory, tell)
-        work, spec, columns = _work(source, batch, tables, there.world, tuple(allow), topology is not None, tell)
+        work, spec, columns = _work(source, batch, tables, tuple(allow), there, tell)
         made = planner.plan(work, there, dense=cut_dense)
         four = formulas.printed(made, int(_size(before)) if before else 0)
         measured = None
@@ -468,9 +468,9 @@ def _topology(file: Path | None, workers: int, hosts: int, memory: str, tell: An
 
 
 def _work(
-    source: Path, batch: int, tables: str, world: int, allow: tuple[str, ...], given: bool, tell: Any
+    source: Path, batch: int, tables: str, allow: tuple[str, ...], there: hardware.Topology, tell: Any
 ) -> tuple[Any, Any, Any]:
-    """What a step asks, with its dense layers timed here unless the topology is another machine's; the spec and its columns."""
+    """What a step asks, its dense layers timed unless the topology is another machine's; the spec and its columns."""
     from pennyweight import job
     from pennyweight.distribute import calibrate, workload
     from pennyweight.model.bundle import load
@@ -484,10 +484,10 @@ def _work(
         held = load(job.located(source)[1], mapped=True)
         spec, columns = held.model.spec, held.catalog.schema.features if held.catalog is not None else None
         work = workload.of(held, batch, update, allow)
-    if given:
+    if there.cpu.model != hardware.processor()[0]:
         return work, spec, columns
     tell("timing a step of the model's dense layers")
-    each = max(1, batch // world)
+    each = max(1, batch // there.world)
     return work.replace(timed=calibrate.timed(spec, (max(1, each // 4), each), update, allow, columns=columns)), spec, columns
 
 
