@@ -635,6 +635,11 @@ def serve(
         str, typer.Option(help="The event log: a file (events.db beside the bundle by default), or valkey://HOST:6379.")
     ] = "",
     get: Annotated[str, typer.Option("--get", help="Answer this one request and leave, as in: /recommend?user=1&k=5")] = "",
+    workers: Annotated[
+        int | None,
+        typer.Option(help="Processes that score: one a core or GPU by default; 0 scores in this one.", min=0, max=256),
+    ] = None,
+    spares: Annotated[int, typer.Option(help="Processes more that take the place of one that died.", min=0, max=16)] = 1,
     allow: Allow = [],  # noqa: B006
 ) -> None:
     """Serve recommendations over HTTP, with a page at /."""
@@ -643,7 +648,7 @@ def serve(
     from pennyweight.serve import app as server
 
     if not get:
-        server.run(bundle, host=host, port=port, store=store, allow=tuple(allow))
+        server.run(bundle, host=host, port=port, store=store, allow=tuple(allow), workers=workers, spares=spares)
         return
     status, body = asyncio.run(server.get(bundle, get, store=store, allow=tuple(allow)))
     typer.echo(body)

@@ -74,6 +74,24 @@ class TooLarge(RequestError):
     status: ClassVar[int] = 413
 
 
+class Poison(RequestError):
+    """Workers died with this request; it is not tried again."""
+
+    status: ClassVar[int] = 422
+
+
+class Conflict(RequestError):
+    """What is asked for cannot be done beside, or to, what is there."""
+
+    status: ClassVar[int] = 409
+
+
+class Forbidden(RequestError):
+    """Who asks may not."""
+
+    status: ClassVar[int] = 403
+
+
 class Overloaded(RequestError):
     """The queue is full, the deadline cannot be met or a quota is spent; try again after ``retry_after`` seconds."""
 

@@ -1,8 +1,8 @@
-"""The scheduler inside one event loop, over one model in a thread of its own.
+"""The scheduler inside one event loop: whoever asks waits at a ``Desk``; over one model in a thread of its own, a ``Batcher``.
 
-``Scheduler`` decides and does nothing else. ``Batcher`` is the thin asyncio part that asks it, runs the batches one at a time
-in the model's thread and hands out answers and refusals. Only the bundle's own model is here, so of the policy's variants
-the first is used alone.
+``Scheduler`` decides and does nothing else. ``Desk`` is the thin asyncio part that asks it, has batches started, and hands out
+answers and refusals; who runs a batch is its caller's affair: the service's worker processes, or ``Batcher``'s one thread.
+Only the bundle's own model is in that thread, so of the policy's variants the first is used alone.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Executor
 from typing import Any, Generic, TypeVar
 
@@ -22,29 +22,91 @@ Q = TypeVar("Q")
 A = TypeVar("A")
 
 
+class Desk:
+    """Those who wait for a scheduler's answers; use it inside one event loop.
+
+    ``start`` gets each batch as it is due; whoever runs it tells the scheduler (``done``, ``failed``, ``died``), settles the
+    tickets that gives, and calls ``pump``. A ticket's value is the caller's own and the future that waits.
+    """
+
+    def __init__(self, scheduler: Scheduler, start: Callable[[Batch], None]) -> None:
+        self.scheduler = scheduler
+        self._start = start
+        self._timer: asyncio.TimerHandle | None = None
+        self._alarm = float("inf")
+        self._closing = False
+        self._empty = asyncio.Event()
+
+    async def submit(self, value: Any, items: int = 1, **asked: Any) -> Any:
+        """What the ticket of one request of so many items is settled with; ``asked`` is what else ``Scheduler.offer`` takes.
+
+        Raises:
+            Overloaded: it would not be answered in time, or was not; the queue is full; the quota is spent.
+            RequestError: no such class or tenant.
+        """
+        future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+        ticket = self.scheduler.offer((value, future), items, **asked)
+        self.pump()
+        try:
+            return await future
+        except asyncio.CancelledError:
+            self.scheduler.drop(ticket)
+            self.pump()
+            raise
+
+    def pump(self) -> None:
+        """Do what is due now, and come back when the clock alone gives something to do."""
+        scheduler = self.scheduler
+        for batch in scheduler.dispatch(hurry=self._closing):
+            self._start(batch)
+        for ticket in scheduler.late():
+            settle(ticket, scheduler.refusal(ticket))
+        due = scheduler.due()
+        if due is not None and due < self._alarm:
+            if self._timer is not None:
+                self._timer.cancel()
+            self._alarm = due
+            self._timer = asyncio.get_running_loop().call_later(max(0.0, due - scheduler.clock()), self._ring)
+        if self._closing and not scheduler.inside:
+            self._empty.set()
+        scheduler.learn()
+
+    async def close(self) -> None:
+        """Have what was accepted run; back when everybody has an answer."""
+        self._closing = True
+        self.pump()
+        await self._empty.wait()
+        if self._timer is not None:
+            self._timer.cancel()
+
+    def _ring(self) -> None:
+        self._alarm = float("inf")
+        self.pump()
+
+
 class Batcher(Generic[Q, A]):
     """Joins requests by a policy and runs them, a batch at a time, on ``executor``; use it inside one event loop.
 
-    ``run`` gets the requests of a batch and gives an answer for each, in order; ``observe`` hears the size of each batch.
+    ``run`` gets the requests of a batch and gives an answer for each, in order, or what is wrong with it as an exception;
+    ``observe`` hears of each batch and what it took.
     """
 
     def __init__(
         self,
         policy: Policy,
-        run: Callable[[Sequence[Q]], Sequence[A]],
+        run: Callable[[Sequence[Q]], Sequence[A | Exception]],
         executor: Executor,
         *,
         clock: Callable[[], float] = time.monotonic,
-        observe: Callable[[int], None] = lambda size: None,
+        observe: Callable[[Batch, float], None] = lambda batch, seconds: None,
     ) -> None:
         self.scheduler = Scheduler(dataclasses.replace(policy, variants=policy.variants[:1]), clock)
         self.scheduler.join("model")
+        self._desk = Desk(self.scheduler, self._begin)
         self._run = run
         self._executor = executor
         self._observe = observe
         self._running: asyncio.Task[None] | None = None
-        self._timer: asyncio.TimerHandle | None = None
-        self._closing = False
 
     @property
     def queue(self) -> Queue:
@@ -52,60 +114,37 @@ class Batcher(Generic[Q, A]):
         return self.scheduler.queue
 
     async def submit(self, value: Q, items: int = 1, **asked: Any) -> A:
-        """The answer to one request of so many items; ``asked`` is what else ``Scheduler.offer`` takes.
-
-        Raises:
-            Overloaded: it would not be answered in time, or was not; the queue is full; the quota is spent.
-            RequestError: no such class or tenant.
-        """
-        future: asyncio.Future[A] = asyncio.get_running_loop().create_future()
-        ticket = self.scheduler.offer((value, future), items, **asked)
-        self._pump()
-        try:
-            return await future
-        except asyncio.CancelledError:
-            self.scheduler.drop(ticket)
-            raise
+        """The answer to one request of so many items; see ``Desk.submit``."""
+        answer: A = await self._desk.submit(value, items, **asked)
+        return answer
 
     async def close(self) -> None:
         """Run what was accepted, then stop."""
-        self._closing = True
-        self._pump()
+        await self._desk.close()
         while self._running is not None:
             await self._running
 
-    def _pump(self) -> None:
-        """Do what is due now, and come back when the clock alone gives something to do."""
-        for batch in self.scheduler.dispatch(hurry=self._closing):
-            self._running = asyncio.create_task(self._go(batch))
-        for ticket in self.scheduler.late():
-            _settle(ticket, self.scheduler.refusal(ticket))
-        self.scheduler.learn()
-        if self._timer is not None:
-            self._timer.cancel()
-        due = self.scheduler.due()
-        pause = None if due is None else max(0.0, due - self.scheduler.clock())
-        self._timer = None if pause is None else asyncio.get_running_loop().call_later(pause, self._pump)
+    def _begin(self, batch: Batch) -> None:
+        self._running = asyncio.create_task(self._go(batch))
 
     async def _go(self, batch: Batch) -> None:
         tickets = [piece.ticket for piece in batch.pieces]
-        self._observe(len(tickets))
         try:
             values = [ticket.value[0] for ticket in tickets]
             answers = await asyncio.get_running_loop().run_in_executor(self._executor, self._run, values)
+            self._observe(batch, self.scheduler.clock() - batch.start)
             self.scheduler.done(batch)
             for ticket, answer in zip(tickets, answers, strict=True):
-                _settle(ticket, answer)
+                settle(ticket, answer)
         except Exception as error:
             if batch.worker.batch is batch:
                 self.scheduler.failed(batch)
-            for ticket in tickets:
-                _settle(ticket, error)
+            settle_all(tickets, error)
         self._running = None
-        self._pump()
+        self._desk.pump()
 
 
-def _settle(ticket: Ticket, outcome: Any) -> None:
+def settle(ticket: Ticket, outcome: Any) -> None:
     """Hand over an outcome, unless the client has left or has one already."""
     future = ticket.value[1]
     if future.done():
@@ -114,3 +153,9 @@ def _settle(ticket: Ticket, outcome: Any) -> None:
         future.set_exception(outcome)
     else:
         future.set_result(outcome)
+
+
+def settle_all(tickets: Iterable[Ticket], outcome: Any) -> None:
+    """Hand the same outcome to several."""
+    for ticket in tickets:
+        settle(ticket, outcome)

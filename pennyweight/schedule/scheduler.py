@@ -191,16 +191,29 @@ class Scheduler:
         Raises:
             ConfigError: its classes or tenants are others; those are changed by a new start.
         """
-        if (policy.classes, policy.tenants) != (self.policy.classes, self.policy.tenants):
-            raise ConfigError(
-                "the other bundle's policy has other classes or tenants; give it the same, or start the service anew"
-            )
+        self.check(policy)
         self.learn()
         self._follow(policy)
         for piece in self.queue:
             ticket = piece.ticket
             if ticket.variant is not None:  # a part of it was scored before: the same place, as near as there is
                 ticket.variant = min(ticket.variant, self._floor[ticket.degrade])
+
+    def check(self, policy: Policy) -> None:
+        """Whether another policy could be adopted.
+
+        Raises:
+            ConfigError: as for ``adopt``.
+        """
+        if (policy.classes, policy.tenants) != (self.policy.classes, self.policy.tenants):
+            raise ConfigError(
+                "the other bundle's policy has other classes or tenants; give it the same, or start the service anew"
+            )
+
+    def curves(self) -> list[dict[str, Curve]]:
+        """What has been learned of each variant on each device."""
+        self.learn()
+        return [{d: c.learned.curve for d, c in costs.items() if c.learned is not None} for costs in self._costs]
 
     # -- workers -------------------------------------------------------------------------------------------------------------
 

@@ -15,29 +15,49 @@ import contextlib
 import dataclasses
 import errno
 import functools
+import hmac
 import importlib.resources
 import json
 import logging
 import math
+import os
 import signal
 import socket
 import sys
 import time
 import uuid
-from collections.abc import Awaitable, Callable, Mapping, MutableMapping, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, MutableMapping, Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl, urlsplit
 
 import msgspec
 import uvicorn
+import uvloop
 
 import pennyweight
-from pennyweight.core.errors import DeviceError, NotFound, Overloaded, PennyweightError, RequestError, StorageError, TooLarge
+from pennyweight.core import hardware
+from pennyweight.core.errors import (
+    DeviceError,
+    Forbidden,
+    NotFound,
+    Overloaded,
+    PennyweightError,
+    RequestError,
+    StorageError,
+    TooLarge,
+)
 from pennyweight.model import bundle as bundles
+from pennyweight.model.bundle import Bundle
+from pennyweight.serve import binary
 from pennyweight.serve import messages as m
+from pennyweight.serve.binary import KIND
+from pennyweight.serve.engine import Engine
+from pennyweight.serve.metrics import Metrics
 from pennyweight.serve.openapi import Route, document
+from pennyweight.serve.pool import Pool
 from pennyweight.serve.service import Service
+from pennyweight.serve.wire import Guarded, connections
 
 Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
@@ -49,7 +69,12 @@ BODY_S = 30.0
 """Seconds a client may take to send its body."""
 STOP_S = 30
 """Seconds that accepted requests are given when the service stops."""
-CODES = {400: "bad_request", 404: "not_found", 413: "too_large", 429: "overloaded", 507: "storage"}
+WATCH_S = 0.05
+"""Seconds after which a request that still waits is dropped as soon as its client leaves; sooner is not worth a task."""
+CODES = {
+    400: "bad_request", 403: "forbidden", 404: "not_found", 409: "conflict", 413: "too_large", 422: "poison", 429: "overloaded",
+    507: "storage",
+}  # fmt: skip
 PAGE = {
     "/": ("index.html", "text/html; charset=utf-8"),
     "/docs": ("docs.html", "text/html; charset=utf-8"),
@@ -73,8 +98,9 @@ class Reply:
 class App:
     """The ASGI application of one bundle and one event log."""
 
-    def __init__(self, service: Service) -> None:
+    def __init__(self, service: Service, token: str = "") -> None:
         self.service = service
+        self._token = token
         self._most = max(1 << 20, 64 * service.policy.candidates)
 
     @classmethod
@@ -97,7 +123,12 @@ class App:
         if scope["type"] != "http":
             return  # a websocket: the server answers 403 to an application that does not accept
         start = time.perf_counter()
-        reply = await self._reply(scope, receive)
+        try:
+            reply = await self._reply(scope, receive)
+        except asyncio.CancelledError:
+            if not scope.get("pennyweight.left"):
+                raise
+            return self.service.metrics.left()  # nobody is there to be told
         path = scope["path"] if scope["path"] in PATHS else "other"
         self.service.metrics.answered(path, reply.status, time.perf_counter() - start)
         await _send(reply, send, head=scope["method"] == "HEAD")
@@ -106,9 +137,10 @@ class App:
         """Status and body of a GET, without a socket."""
         url = urlsplit(target)
         sent: list[MutableMapping[str, Any]] = []
+        body = iter([{"type": "http.request", "body": b"", "more_body": False}])
 
         async def receive() -> MutableMapping[str, Any]:
-            return {"type": "http.request", "body": b"", "more_body": False}
+            return next(body, None) or await asyncio.get_running_loop().create_future()  # this client never leaves
 
         async def send(message: MutableMapping[str, Any]) -> None:
             sent.append(message)
@@ -159,13 +191,30 @@ class App:
         route = known[method]
         if isinstance(route, Reply):
             return route
-        ask = (
-            _query(scope["query_string"], route.takes)
-            if method == "GET"
-            else _json(await self._body(receive, headers), route.takes)
-        )
-        answer = await route.answer(self.service, ask)
+        packed = route.packed if headers.get("content-type", "").startswith(KIND) else None
+        if method == "GET":
+            ask = _query(scope["query_string"], route.takes)
+        else:
+            body = await self._body(receive, headers)
+            ask = packed[0](body) if packed is not None else _json(body, route.takes)
+        if isinstance(ask, m.Scheduled):
+            _headed(ask, headers)
+        elif isinstance(ask, m.Swap):
+            self._entitled(headers)
+        with _left(scope, receive) if isinstance(ask, m.Scheduled) else contextlib.nullcontext():
+            answer = await route.answer(self.service, ask)
+        if packed is not None:
+            return Reply(200, packed[1](answer), KIND)
         return answer if isinstance(answer, Reply) else Reply(200, msgspec.json.encode(answer))
+
+    def _entitled(self, headers: Mapping[str, str]) -> None:
+        if not self._token:
+            raise Forbidden(
+                "bundles are exchanged here by who has the service's token, and it was started without one; set "
+                "PENNYWEIGHT_TOKEN, or send the process SIGHUP"
+            )
+        if not hmac.compare_digest(headers.get("authorization", "").encode(), f"Bearer {self._token}".encode()):
+            raise Forbidden("that is not the service's token; send it as: authorization: Bearer TOKEN")
 
     async def _body(self, receive: Receive, headers: Mapping[str, str]) -> bytes:
         try:
@@ -189,19 +238,67 @@ class App:
 
 
 def run(
-    bundle: str | Path, host: str = "127.0.0.1", port: int = 8000, store: str | Path | None = None, allow: Sequence[str] = ()
+    bundle: str | Path,
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    store: str | Path | None = None,
+    allow: Sequence[str] = (),
+    workers: int | None = None,
+    spares: int = 1,
 ) -> None:
     """Serve a bundle until Ctrl-C or SIGTERM, then finish what was accepted. Reachable from this machine only by default.
 
+    SIGHUP exchanges the bundle for what its folder holds by then (see ``Service.swap``).
+
+    Args:
+        bundle: its folder.
+        host: an address to listen on.
+        port: where; 0 is a free one.
+        store: the event log, ``events.db`` beside the bundle by default.
+        allow: import paths of factories that may be loaded.
+        workers: processes that score; one a core or GPU by default, 0 scores in this process.
+        spares: processes more, loaded and idle, that take a dead one's place.
+
     Raises:
-        DeviceError: the port is in use or the host is not one of this machine's.
+        DeviceError: the port is in use, the host is not one of this machine's, or a worker could not be started.
         BundleError, ConfigError, DataError, StorageError: as for ``App.open``.
     """
-    with contextlib.closing(_listen(host, port)) as listener:
-        app = App.open(bundle, store, allow)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    with (
+        contextlib.closing(_listen(host, port)) as listener,
+        contextlib.suppress(KeyboardInterrupt),
+        asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner,
+    ):
+        runner.run(_serve(Path(bundle), host, listener, store, allow, workers, spares))
+
+
+async def _serve(
+    path: Path,
+    host: str,
+    listener: socket.socket,
+    store: str | Path | None,
+    allow: Sequence[str],
+    workers: int | None,
+    spares: int,
+) -> None:
+    engine: Callable[[Metrics], Engine] | None = None
+    pool: list[Pool] = []
+    loaded = bundles.load(path, mapped=True if workers != 0 else None)
+    if workers != 0:
+        device, usual = _devices(loaded)
+
+        def engine(metrics: Metrics) -> Engine:
+            pool.append(Pool(path, loaded.policy, workers or usual, metrics, spares=spares, allow=allow, device=device))
+            return pool[0]
+
+    service = Service(loaded, store or path.absolute().parent / "events.db", allow, engine)
+    try:
+        if pool:
+            await pool[0].start()
         config = uvicorn.Config(
-            app,
-            lifespan="on",
+            App(service, os.environ.get("PENNYWEIGHT_TOKEN", "")),
+            http=Guarded,
+            lifespan="off",
             log_level="warning",
             access_log=False,
             server_header=False,
@@ -209,10 +306,43 @@ def run(
             timeout_graceful_shutdown=STOP_S,
         )
         shown = f"[{host}]" if ":" in host else host
-        print(f"{bundle} is served on http://{shown}:{listener.getsockname()[1]} (Ctrl-C stops)", file=sys.stderr, flush=True)
-        signal.signal(signal.SIGTERM, signal.default_int_handler)  # uvicorn raises what it caught again, once it has stopped
-        with contextlib.suppress(KeyboardInterrupt):
-            uvicorn.Server(config).run(sockets=[listener])
+        Guarded.most = connections()
+        listener.listen(BACKLOG)  # who comes from here on is answered
+        print(f"{path} is served on http://{shown}:{listener.getsockname()[1]} (Ctrl-C stops)", file=sys.stderr, flush=True)
+        if pool:
+            asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, _exchange, service)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        with contextlib.suppress(KeyboardInterrupt):  # uvicorn raises what it caught again, once it has stopped
+            await uvicorn.Server(config).serve(sockets=[listener])
+    finally:
+        await service.close()
+
+
+def _devices(bundle: Bundle) -> tuple[str, int]:
+    """What workers compute on, and how many of those there are: GPUs where the bundle places a table on one, else cores."""
+    if any(where.startswith("cuda") for where in bundle.placement.tables.values()):
+        return "cuda", len(hardware.detect().gpus) or 1
+    return "cpu", hardware.limits()[0]
+
+
+def _exchange(service: Service) -> None:
+    """Serve what the bundle's folder holds now; the log says what came of it."""
+
+    async def swap() -> None:
+        try:
+            done = await service.swap(m.Swap())
+            log.warning("serving %s as it is now; %d requests compared", done.bundle, done.compared)
+        except PennyweightError as error:
+            log.error("the bundle was not exchanged: %s", error)
+
+    task = asyncio.get_running_loop().create_task(swap())
+    EXCHANGES.add(task)
+    task.add_done_callback(EXCHANGES.discard)
+
+
+EXCHANGES: set[asyncio.Task[None]] = set()
+"""Under way; the loop itself holds a task weakly."""
+BACKLOG = 2048
 
 
 async def get(
@@ -270,6 +400,54 @@ def _problem(status: int, code: str, text: str, *headers: tuple[str, str]) -> Re
 def _failed(error: PennyweightError) -> Reply:
     again = [("retry-after", str(max(1, math.ceil(error.retry_after))))] if isinstance(error, Overloaded) else []
     return _problem(error.status, CODES[error.status], str(error), *again)
+
+
+@contextlib.contextmanager
+def _left(scope: Scope, receive: Receive) -> Iterator[None]:
+    """Within: the request is cancelled when its client leaves, if it waits for longer than a moment."""
+    work = asyncio.current_task()
+    assert work is not None
+    watch: asyncio.Task[None] | None = None
+
+    async def wait() -> None:
+        while (await receive())["type"] != "http.disconnect":
+            pass
+        scope["pennyweight.left"] = True
+        work.cancel()
+
+    def begin() -> None:
+        nonlocal watch
+        watch = asyncio.get_running_loop().create_task(wait())
+
+    timer = asyncio.get_running_loop().call_later(WATCH_S, begin)
+    try:
+        yield
+    finally:
+        timer.cancel()
+        if watch is not None:
+            watch.cancel()
+
+
+HEADERS = {
+    "x-priority": "priority",
+    "x-tenant": "tenant",
+    "x-deadline-ms": "deadline_ms",
+    "x-degrade": "degrade",
+}
+
+
+def _headed(ask: m.Scheduled, headers: Mapping[str, str]) -> None:
+    """What headers say of a request's scheduling, where its body does not."""
+    given = {field: headers[name] for name, field in HEADERS.items() if name in headers}
+    if not given:
+        return
+    try:
+        said = msgspec.convert(given, m.Scheduled, strict=False)
+    except msgspec.ValidationError as error:
+        raise RequestError(f"a header is wrong: {error}; headers: {', '.join(HEADERS)}") from error
+    for field in given:
+        if getattr(ask, field) in ("", None):
+            setattr(ask, field, getattr(said, field))
 
 
 def _foreign(headers: Mapping[str, str]) -> bool:
@@ -342,7 +520,15 @@ ROUTES = (
         Service.recommend,
     ),
     Route("POST", "/recommend", "The same, asked in JSON.", m.Recommend, m.Recommendations, Service.recommend),
-    Route("POST", "/score", "Scores of given items for one person.", m.Score, m.Scores, Service.score),
+    Route(
+        "POST",
+        "/score",
+        "Scores of given items for one person; in binary too (application/octet-stream).",
+        m.Score,
+        m.Scores,
+        Service.score,
+        (binary.decode, binary.encode),
+    ),
     Route(
         "POST",
         "/events",
@@ -351,6 +537,7 @@ ROUTES = (
         m.Stored,
         Service.events,
     ),
+    Route("POST", "/swap", "Serve another bundle from now on, if its scores agree.", m.Swap, m.Swapped, Service.swap),
     Route("GET", "/items", "Find items by title.", m.Search, m.Items, Service.items),
     Route("GET", "/users", "Find users by id.", m.Search, m.Users, Service.users),
     Route("GET", "/health", "What is served.", m.Nothing, m.Health, Service.health),

@@ -19,6 +19,8 @@ from pennyweight.data.schema import OOV
 from pennyweight.serve.messages import Item, Scored
 
 Ids = npt.NDArray[np.int64]
+FEW = 8
+"""Names that are looked up one by one."""
 
 
 class Lookup:
@@ -36,6 +38,7 @@ class Lookup:
         shown = zip(ids.tolist(), values, *columns, strict=True)
         self._items = {i: Item(v, t or str(v), y, _words(g)) for i, v, t, y, g in shown if v is not None}
         self._folded = pl.Series([fold(self.item(i).title) for i in self._order.tolist()], dtype=pl.String)
+        self._numbered = _numbered(ids, values)
         self._titled = _titled(self._items, self._order)
         self._user_texts = pl.Series([str(v) for v in self._users.values.to_pylist()] if self._users else [], dtype=pl.String)
 
@@ -50,8 +53,24 @@ class Lookup:
             raise NotFound(f"no item {value!r}; find ids with /items?q=")
         return found
 
-    def ids(self, values: Iterable[Value]) -> Ids:
-        """The ids of several items."""
+    def ids(self, values: Sequence[Value] | Ids) -> Ids:
+        """The ids of several items.
+
+        Raises:
+            NotFound: one of them is not there.
+        """
+        names, ids = self._numbered
+        if isinstance(values, np.ndarray) or len(values) > FEW:  # one by one is faster for a few
+            try:
+                asked = np.asarray(values, np.int64) if isinstance(values, np.ndarray) else _integers(values)
+            except TypeError:
+                return np.fromiter((self.id(v) for v in values), np.int64)
+            if len(names):
+                places = np.minimum(np.searchsorted(names, asked), len(names) - 1)
+                if (names[places] == asked).all():
+                    found: Ids = ids[places]
+                    return found
+            values = asked.tolist()
         return np.fromiter((self.id(v) for v in values), np.int64)
 
     def liked(self, values: Iterable[Value]) -> Ids:
@@ -103,6 +122,18 @@ def _holding(texts: pl.Series, words: Sequence[str]) -> Ids:
 def _first(rows: Ids, rank: npt.NDArray[np.generic], k: int) -> Ids:
     """The ``k`` rows of lowest rank; of equals, those that come first."""
     return rows[np.argsort(rank, kind="stable")[:k]]
+
+
+def _numbered(ids: Ids, values: Sequence[Value | None]) -> tuple[Ids, Ids]:
+    """Names that are integers in their order, and the ids they stand for: many are found at once by halving."""
+    pairs = sorted((v, i) for v, i in zip(values, ids.tolist(), strict=True) if type(v) is int)
+    return np.array([v for v, _ in pairs], np.int64), np.array([i for _, i in pairs], np.int64)
+
+
+def _integers(values: Sequence[Value]) -> Ids:
+    if not all(type(v) is int for v in values):
+        raise TypeError("names that are no integers")
+    return np.array(values, np.int64)
 
 
 def _titled(items: Mapping[int, Item], order: Ids) -> dict[str, int]:

@@ -26,7 +26,21 @@ Liked = Annotated[
 ]
 
 
-class Recommend(Struct, forbid_unknown_fields=True):
+class Scheduled(Struct, forbid_unknown_fields=True, kw_only=True):
+    """How a request wants to be scheduled; headers (x-priority, x-tenant, x-deadline-ms, x-degrade) say the same."""
+
+    priority: Annotated[str, Meta(max_length=256, description="Its class, of the policy's; the first one if left out.")] = ""
+    tenant: Annotated[str, Meta(max_length=256, description="Whose quota it is charged to.")] = ""
+    deadline_ms: Annotated[
+        Annotated[float, Meta(gt=0)] | None, Meta(description="Milliseconds it is given, at most what its class has.")
+    ] = None
+    degrade: Annotated[
+        bool | None,
+        Meta(description="Whether variants not proven within the margin may answer; by default as its class says."),
+    ] = None
+
+
+class Recommend(Scheduled, forbid_unknown_fields=True, kw_only=True):
     """Ask for the top k items of the whole catalogue."""
 
     user: Annotated[
@@ -38,13 +52,18 @@ class Recommend(Struct, forbid_unknown_fields=True):
     context: Context = {}
 
 
-class Score(Struct, forbid_unknown_fields=True):
-    """Ask for the score of these items for one person."""
+class Asking(Scheduled, forbid_unknown_fields=True, kw_only=True):
+    """For whom items are scored."""
 
-    items: Annotated[list[Id], Meta(min_length=1, description="Ids of the candidates; their number is limited by the policy.")]
     user: Id | None = None
     liked: Liked = []
     context: Context = {}
+
+
+class Score(Asking, forbid_unknown_fields=True, kw_only=True):
+    """Ask for the score of these items for one person."""
+
+    items: Annotated[list[Id], Meta(min_length=1, description="Ids of the candidates; their number is limited by the policy.")]
 
 
 class Event(Struct, forbid_unknown_fields=True):
@@ -102,6 +121,8 @@ class Recommendations(Struct):
     ]
     history: Annotated[list[Item], Meta(description="What the answer is based on: the last ten liked items, newest first.")]
     items: list[Scored]
+    variant: Annotated[str, Meta(description="The model that answered, of those that may; empty where there is one.")] = ""
+    gap: Annotated[float, Meta(description="What it loses at most against the best, in the policy's metric, as proven.")] = 0.0
 
 
 class Scores(Struct):
@@ -110,6 +131,8 @@ class Scores(Struct):
     user: str | int | None
     known: bool
     scores: list[float]
+    variant: str = ""
+    gap: float = 0.0
 
 
 class Stored(Struct):
@@ -147,6 +170,30 @@ class Health(Struct):
     bytes: int
     engine: str
     version: str
+    variants: list[str] = []
+    workers: Annotated[int, Meta(description="Processes that score and are there; 0 where the service's own does.")] = 0
+
+
+class Swap(Struct, forbid_unknown_fields=True):
+    """Serve what the bundle's folder holds now, or another bundle beside it."""
+
+    bundle: Annotated[
+        str, Meta(max_length=256, description="A folder's name beside the served one; empty is the same folder.")
+    ] = ""
+    tolerance: Annotated[
+        Annotated[float, Meta(ge=0)] | None,
+        Meta(description="Largest difference of scores, over their deviation, that is agreement; null takes any numbers."),
+    ] = 0.1
+    requests: Annotated[int, Meta(ge=0, le=10_000, description="Live requests scored by both.")] = 32
+    seconds: Annotated[float, Meta(ge=0, le=600, description="How long to wait for those; what came by then decides.")] = 10.0
+
+
+class Swapped(Struct):
+    """The other bundle serves now."""
+
+    bundle: str
+    compared: int
+    difference: Annotated[float, Meta(description="Median over the requests compared.")]
 
 
 class Problem(Struct, omit_defaults=True):

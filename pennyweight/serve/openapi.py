@@ -12,6 +12,7 @@ from typing import Any
 
 import msgspec
 
+from pennyweight.serve.binary import KIND
 from pennyweight.serve.messages import Failure, Item, Problem
 
 ABOUT = (
@@ -32,6 +33,8 @@ class Route:
     """None for an answer that is no JSON message."""
     answer: Callable[[Any, Any], Awaitable[Any]]
     """Takes the service and the message."""
+    packed: tuple[Callable[[bytes], Any], Callable[[Any], bytes]] | None = None
+    """How a binary body becomes the message, and the answer a binary body; None where there is JSON alone."""
 
 
 def document(routes: Iterable[Route], version: str) -> dict[str, Any]:
@@ -62,7 +65,11 @@ def _operation(route: Route, schemas: dict[int, Any], components: dict[str, Any]
     failure = {"application/json": {"schema": schemas[id(Failure)]}}
     taken: dict[str, Any] = {}
     if route.method == "POST":
-        taken["requestBody"] = {"required": True, "content": {"application/json": {"schema": schemas[id(route.takes)]}}}
+        binary = {KIND: {"schema": {"type": "string", "format": "binary"}}} if route.packed else {}
+        taken["requestBody"] = {
+            "required": True,
+            "content": {"application/json": {"schema": schemas[id(route.takes)]}, **binary},
+        }
     elif parameters := _parameters(components[route.takes.__name__]):
         taken["parameters"] = parameters
     return {

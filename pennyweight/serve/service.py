@@ -4,33 +4,35 @@ A recommendation is: the user's state, candidates from the whole catalogue (retr
 of what remains, the top k. Whoever the model can say nothing about gets what is similar to their likes, or what is
 popular, and the answer says so: an error would help nobody, and a guess by an untrained row of a table would pretend.
 
-The event loop never computes a forward: queries go through the batcher to the one thread of the model.
+The event loop never computes a forward: queries go to an ``Engine``, worker processes or the one thread of the model.
 """
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
+import math
 import time
 import uuid
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
-from torch import Tensor
 
 import pennyweight
-from pennyweight.accelerate.cache import hit_rate
-from pennyweight.core.errors import DataError, RequestError, TooLarge
+from pennyweight.core.errors import Conflict, DataError, Overloaded, PennyweightError, RequestError, TooLarge
 from pennyweight.data.catalog import Value
 from pennyweight.data.events import Event
+from pennyweight.model import bundle as bundles
 from pennyweight.model.bundle import Bundle
-from pennyweight.schedule.batcher import Batcher
 from pennyweight.serve import messages as m
+from pennyweight.serve.binary import Packed
+from pennyweight.serve.engine import Answer, Asked, Engine, Local
 from pennyweight.serve.lookup import Lookup
 from pennyweight.serve.metrics import Metrics
+from pennyweight.serve.pool import Pool
 from pennyweight.serve.store import NOBODY, State, Store, opened
-from pennyweight.serve.worker import By, Ids, Query, Ranked, Worker
+from pennyweight.serve.worker import By, Ids, Query, servable
 
 CANDIDATES = 500
 """Items that retrieval hands to ranking, or k where that is more."""
@@ -43,28 +45,34 @@ HISTORY = 20
 class Service:
     """A bundle and its events (a file or a server's URL), answering messages.
 
+    Args:
+        bundle: what is served.
+        log: the events.
+        allow: import paths of factories that may be loaded.
+        engine: who scores; a thread of this process by default.
+
     Raises:
         BundleError, ConfigError: the bundle cannot be served.
         DataError, DeviceError, StorageError: the events cannot be used.
     """
 
-    def __init__(self, bundle: Bundle, log: str | Path, allow: Sequence[str] = ()) -> None:
+    def __init__(
+        self,
+        bundle: Bundle,
+        log: str | Path,
+        allow: Sequence[str] = (),
+        engine: Callable[[Metrics], Engine] | None = None,
+    ) -> None:
         self.policy = bundle.policy
         self._bytes = bundle.bytes
-        self._model_thread = ThreadPoolExecutor(1, "model")
-        self.worker = self._model_thread.submit(Worker, bundle, allow).result()
-        self.catalog = self.worker.catalog
+        self.catalog = servable(bundle)
         self.lookup = Lookup(self.catalog)
         history = self.catalog.schema.history
         self._reads_history = history is not None
         items = self.catalog.vocabulary(self.catalog.schema.item.name)
+        self.metrics = Metrics(self.policy)
+        self.engine = engine(self.metrics) if engine is not None else Local(bundle, allow, self.metrics)
         self.store = Store(opened(log), items, history.length if history else HISTORY)
-        self.metrics = Metrics(lambda: len(self.batcher.queue))
-        if self.worker.runner.hot:
-            self.metrics.hot_rows(lambda: hit_rate(self.worker.runner.hot))
-        self.batcher: Batcher[Query, Ranked] = Batcher(
-            self.policy, self.worker.answer, self._model_thread, observe=self.metrics.batch
-        )
 
     async def recommend(self, ask: m.Recommend) -> m.Recommendations:
         """The top k items for a user, for a list of likes, or for both."""
@@ -75,12 +83,14 @@ class Service:
         hidden = np.concatenate([state.seen, liked]) if ask.exclude_seen else NOBODY.seen
         known = self.lookup.known(ask.user)
         by = self._by(known, history)
-        query = Query(self._asker(ask, history), history, by, hidden=hidden, count=max(CANDIDATES, ask.k))
-        ranked = (await self.batcher.submit(query, query.count)).top(ask.k)
+        count = max(CANDIDATES, ask.k)
+        query = Query(ask.user, history, by, hidden=hidden, count=count, context=ask.context, k=ask.k)
+        answer = await self._scored(query, self.engine.about.every or count, ask)
         shown = [self.lookup.item(i) for i in history[:-11:-1].tolist()]
-        return m.Recommendations(ask.user, known, by, shown, self.lookup.scored(ranked.items, ranked.scores))
+        best = self.lookup.scored(answer.ranked.items, answer.ranked.scores)
+        return m.Recommendations(ask.user, known, by, shown, best, answer.variant, answer.gap)
 
-    async def score(self, ask: m.Score) -> m.Scores:
+    async def score(self, ask: m.Score | Packed) -> m.Scores:
         """The model's scores of some items for one person, in their order."""
         if len(ask.items) > self.policy.candidates:
             raise TooLarge(
@@ -89,8 +99,8 @@ class Service:
         items, liked = self.lookup.ids(ask.items), self.lookup.liked(ask.liked)
         state = await self._state(ask.user)
         history = np.concatenate([state.history, liked])
-        ranked = await self.batcher.submit(Query(self._asker(ask, history), history, items=items), len(items))
-        return m.Scores(ask.user, self.lookup.known(ask.user), ranked.scores.tolist())
+        answer = await self._scored(Query(ask.user, history, items=items, context=ask.context), len(items), ask)
+        return m.Scores(ask.user, self.lookup.known(ask.user), answer.ranked.scores.tolist(), answer.variant, answer.gap)
 
     async def events(self, given: m.Event | list[m.Event]) -> m.Stored:
         """Store events: all of them, or none and an error."""
@@ -113,15 +123,56 @@ class Service:
 
     async def health(self, ask: m.Nothing) -> m.Health:
         """What is served."""
-        runner = self.worker.runner
-        name = type(runner.module).__name__
-        return m.Health("ok", name, len(self.worker.ids), self._bytes, runner.engine, pennyweight.__version__)
+        about, scheduler = self.engine.about, self.engine.scheduler
+        variants = [v.name for v in scheduler.variants if v.name]
+        workers = len(scheduler.workers) if isinstance(self.engine, Pool) else 0
+        items, version = len(self.catalog.item_ids), pennyweight.__version__
+        return m.Health("ok", about.model, items, self._bytes, about.engine, version, variants, workers)
+
+    async def swap(self, ask: m.Swap) -> m.Swapped:
+        """Serve another bundle from now on, or the one that its folder holds now, if their scores agree."""
+        if not isinstance(self.engine, Pool):
+            raise Conflict("one process serves this bundle; start the service with workers to exchange it")
+        if ask.bundle in (".", "..") or "/" in ask.bundle or "\\" in ask.bundle:
+            raise RequestError(f"bundle {ask.bundle!r} is no folder's name; name one beside the bundle that is served")
+        now = self.engine.edition.folder
+        folder = now.parent / ask.bundle if ask.bundle else now
+        tolerance = math.inf if ask.tolerance is None else ask.tolerance
+        try:
+            other = await asyncio.get_running_loop().run_in_executor(None, self._other, folder)
+            found = await self.engine.swap(
+                folder, other.policy, tolerance=tolerance, requests=ask.requests, seconds=ask.seconds
+            )
+        except PennyweightError as error:
+            self.metrics.swap("refused")
+            raise error if isinstance(error, RequestError) else Conflict(str(error)) from error
+        self.metrics.swap("done")
+        self.policy, self._bytes = other.policy, other.bytes
+        return m.Swapped(folder.name, found.requests, found.median)
+
+    def _other(self, folder: Path) -> Bundle:
+        """A bundle that can take this one's place: the same ids must mean the same, since requests that wait hold them."""
+        other = bundles.load(folder, mapped=True)
+        why = self.catalog.differs(servable(other)) or servable(other).differs(self.catalog)
+        if why or self.catalog.files() != servable(other).files():
+            raise Conflict(
+                f"{folder.name} was made from another catalogue ({why or 'its items are others'}); start a service with it, "
+                "and send its requests there"
+            )
+        return other
 
     async def close(self) -> None:
         """Finish what was accepted, then let go of model and log."""
-        await self.batcher.close()
-        self._model_thread.shutdown()
+        await self.engine.close()
         self.store.close()
+
+    async def _scored(self, query: Query, items: int, ask: m.Scheduled) -> Answer:
+        deadline_s = None if ask.deadline_ms is None else ask.deadline_ms / 1000
+        try:
+            return await self.engine.submit(query, items, Asked(ask.priority, ask.tenant, deadline_s, ask.degrade))
+        except Overloaded as refused:
+            self.metrics.shed(ask.priority, ask.tenant, refused.reason)
+            raise
 
     async def _state(self, user: Value | None) -> State:
         return NOBODY if user is None else await self.store.state(str(user))
@@ -129,12 +180,7 @@ class Service:
     def _by(self, known: bool, history: Ids) -> By:
         if known or (self._reads_history and len(history)):
             return "model"
-        return "similarity" if len(history) and self.worker.vectors is not None else "popularity"
-
-    def _asker(self, ask: m.Recommend | m.Score, history: Ids) -> dict[str, Tensor]:
-        """The user's columns, made before queueing, so that a wrong one fails its own request and no other."""
-        with _asked():
-            return self.catalog.user_batch(ask.user, history, ask.context)
+        return "similarity" if len(history) and self.engine.about.similar else "popularity"
 
     def _event(self, event: m.Event) -> Event:
         """The event as it is logged: under the item's own name, whichever way it was written."""

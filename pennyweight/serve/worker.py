@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Mapping, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -20,23 +20,25 @@ from torch import Tensor
 
 from pennyweight.accelerate.index import Searcher, best, opened
 from pennyweight.accelerate.runner import Runner
-from pennyweight.core.errors import BundleError, ConfigError
-from pennyweight.data.catalog import Catalog
+from pennyweight.core.errors import BundleError, ConfigError, DataError, RequestError
+from pennyweight.data.catalog import Catalog, Value
 from pennyweight.model.bundle import Bundle
 
 Ids = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float32]
 By = Literal["model", "similarity", "popularity"]
+Asker = Mapping[str, Tensor]
+"""The user and context columns of one request, one row."""
 CHUNK = 65536
 """Items whose vectors are computed at once when the service starts."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Query:
-    """One request to the model, every id and column checked before it is queued."""
+    """One request to the model: names of the user and of context, ids of items."""
 
-    asker: Mapping[str, Tensor]
-    """The user and context columns, one row."""
+    user: Value | None
+    """The user as named outside."""
     history: Ids
     """Ids of liked items, oldest first."""
     by: By = "model"
@@ -47,6 +49,24 @@ class Query:
     """Items that retrieval leaves out."""
     count: int = 500
     """Candidates to retrieve."""
+    context: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    """Values of user and context columns, as before encoding."""
+    k: int = 0
+    """How many of the best to give; 0 is all of them, in their order."""
+    start: int = 0
+    stop: int | None = None
+    """Of the candidates, those from ``start`` to ``stop`` alone: a part that is scored here, others elsewhere."""
+
+    def asker(self, catalog: Catalog) -> dict[str, Tensor]:
+        """The user and context columns, one row.
+
+        Raises:
+            RequestError: the context names a column that is not there, or has a value that cannot be.
+        """
+        try:
+            return catalog.user_batch(self.user, self.history, self.context)
+        except DataError as error:
+            raise RequestError(str(error)) from error
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -71,7 +91,7 @@ class Worker:
     """
 
     def __init__(self, bundle: Bundle, allow: Sequence[str] = ()) -> None:
-        self.catalog = _catalog(bundle)
+        self.catalog = servable(bundle)
         self.ids = self.catalog.item_ids
         probe = self.catalog.request(None, (), self.ids[:2])
         self.runner = Runner(bundle, allow, probe=probe, fallback=True)
@@ -89,38 +109,51 @@ class Worker:
         self._places = np.full(self.catalog.schema.item.size, -1)
         self._places[self.ids] = np.arange(len(self.ids))
 
-    def answer(self, queries: Sequence[Query]) -> list[Ranked]:
-        """Candidates and scores of each query; those for the model share one retrieval and one ranking pass."""
-        others = {"similarity": self._similarity, "popularity": self._popularity}
-        ranked = iter(self._modelled([q for q in queries if q.by == "model"]))
-        return [next(ranked) if q.by == "model" else others[q.by](q) for q in queries]
+    def answer(self, queries: Sequence[Query]) -> list[Ranked | RequestError]:
+        """Candidates and scores of each query, or what is wrong with it; those for the model share retrieval and ranking."""
+        answers: list[Ranked | RequestError | None] = [None] * len(queries)
+        asked: list[tuple[int, Query, dict[str, Tensor]]] = []
+        for place, query in enumerate(queries):
+            if query.by == "model":
+                try:
+                    asked.append((place, query, query.asker(self.catalog)))
+                except RequestError as error:
+                    answers[place] = error
+            else:
+                found = self._similarity(query) if query.by == "similarity" else self._popularity(query)
+                part = slice(query.start, query.stop)
+                answers[place] = Ranked(found.items[part], found.scores[part])
+        modelled = self._modelled([q for _, q, _ in asked], [asker for _, _, asker in asked]) if asked else []
+        for (place, _, _), ranked in zip(asked, modelled, strict=True):
+            answers[place] = ranked
+        return [a.top(q.k) if isinstance(a, Ranked) and q.k else a for q, a in zip(queries, answers, strict=True)]  # type: ignore[misc]
 
-    def _modelled(self, queries: Sequence[Query]) -> list[Ranked]:
-        items = self._candidates(queries)
+    def _modelled(self, queries: Sequence[Query], askers: Sequence[Asker]) -> list[Ranked]:
+        items = self._candidates(queries, askers)
         lengths = [len(chosen) for chosen in items]
         if not sum(lengths):
             return [Ranked(chosen, np.empty(0, np.float32)) for chosen in items]
         if self.runner.runtime.shared:  # each alone: what its candidates share is more than what requests do
-            return [Ranked(i, self._scored(q, i)) for q, i in zip(queries, items, strict=True)]
-        batches = [self._batch(query, chosen) for query, chosen in zip(queries, items, strict=True) if len(chosen)]
+            return [Ranked(i, self._scored(asker, i)) for asker, i in zip(askers, items, strict=True)]
+        batches = [self._batch(asker, chosen) for asker, chosen in zip(askers, items, strict=True) if len(chosen)]
         scores = _finite(self.runner.score(_joined(batches)), "scores")
         return [Ranked(i, s) for i, s in zip(items, np.split(scores, np.cumsum(lengths)[:-1]), strict=True)]
 
-    def _scored(self, query: Query, items: Ids) -> Floats:
+    def _scored(self, asker: Asker, items: Ids) -> Floats:
         if not len(items):
             return np.empty(0, np.float32)
-        scores = self.runner.ranked(query.asker, items) if self.kept else self.runner.score(self._batch(query, items))
+        scores = self.runner.ranked(asker, items) if self.kept else self.runner.score(self._batch(asker, items))
         return _finite(scores, "scores")
 
-    def _candidates(self, queries: Sequence[Query]) -> list[Ids]:
-        retrieve = [q for q in queries if q.items is None]
-        found = iter(self._retrieve(retrieve) if retrieve else ())
-        return [next(found) if q.items is None else q.items for q in queries]
+    def _candidates(self, queries: Sequence[Query], askers: Sequence[Asker]) -> list[Ids]:
+        retrieve = [(q, asker) for q, asker in zip(queries, askers, strict=True) if q.items is None]
+        found = iter(self._retrieve(*zip(*retrieve, strict=True)) if retrieve else ())
+        return [(next(found) if q.items is None else q.items)[q.start : q.stop] for q in queries]
 
-    def _retrieve(self, queries: Sequence[Query]) -> list[Ids]:
+    def _retrieve(self, queries: Sequence[Query], askers: Sequence[Asker]) -> list[Ids]:
         if self.index is None:
             return [self.ids[~np.isin(self.ids, q.hidden)] for q in queries]
-        users = _finite(self.runner.user_vectors(_joined([q.asker for q in queries])), "numbers of users' vectors")
+        users = _finite(self.runner.user_vectors(_joined(askers)), "numbers of users' vectors")
         found = self.index.search(users, max(q.count for q in queries), [self._rows(q.hidden) for q in queries])
         return [self.ids[f.places[: q.count]] for f, q in zip(found, queries, strict=True)]
 
@@ -152,8 +185,8 @@ class Worker:
         places = self._places[items]
         return places[places >= 0]
 
-    def _batch(self, query: Query, items: Ids) -> dict[str, Tensor]:
-        rows = {name: t.expand(len(items), *t.shape[1:]) for name, t in query.asker.items()}
+    def _batch(self, asker: Asker, items: Ids) -> dict[str, Tensor]:
+        rows = {name: t.expand(len(items), *t.shape[1:]) for name, t in asker.items()}
         return {**self.catalog.item_batch(items), **rows}
 
     def _vectors(self) -> Floats:
@@ -174,7 +207,12 @@ def _joined(batches: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
     return {name: torch.cat([batch[name] for batch in batches]) for name in batches[0]}
 
 
-def _catalog(bundle: Bundle) -> Catalog:
+def servable(bundle: Bundle) -> Catalog:
+    """The catalogue of a bundle that can be served.
+
+    Raises:
+        BundleError: it has none, or its items cannot be named.
+    """
     catalog = bundle.catalog
     if catalog is None or catalog.items is None or not len(catalog.items):
         raise BundleError(

@@ -205,7 +205,7 @@ def test_picked_films_give_what_python_gives(page: Callable[..., Any], films: Bu
     names = dict(catalog.items.select("item", "title").iter_rows())
     assert [names[i] for i in liked] == here.locator("#taste span").all_text_contents()
     history = np.array(liked)
-    ours = Worker(films).answer([Query(catalog.user_batch(None, history), history, hidden=history)])[0].top(10)
+    ours = Worker(films).answer([Query(None, history, hidden=history)])[0].top(10)
     assert top == ours.items.tolist() and not set(top) & set(liked)
     with Runner(films) as runner:
         np.testing.assert_allclose(scores, runner.score(catalog.request(None, liked, np.array(top))), atol=1e-3)

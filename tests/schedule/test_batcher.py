@@ -49,7 +49,7 @@ def test_those_who_come_while_a_batch_runs_are_joined(gate: Gate, pool: ThreadPo
     sizes: list[int] = []
 
     async def scene() -> list[int]:
-        batcher = Batcher[int, int](Policy(batch=2), gate, pool, observe=sizes.append)
+        batcher = Batcher[int, int](Policy(batch=2), gate, pool, observe=lambda batch, _: sizes.append(len(batch.pieces)))
         first = asyncio.create_task(batcher.submit(1))
         await gate.busy()
         rest = [asyncio.create_task(batcher.submit(i)) for i in (2, 3, 4)]

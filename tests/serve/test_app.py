@@ -191,9 +191,9 @@ def test_a_full_queue_is_429_with_retry_after(serve: Serve, cascade: Bundle) -> 
     client = serve(cascade.replace(policy=Policy(queue=1, deadline_ms=60_000)))
 
     async def crowd() -> list[httpx.Response]:
-        with Held(client.service._model_thread):
+        with Held(client.service.engine.thread):
             accepted = [asyncio.create_task(client.http.get("/recommend?user=1")) for _ in range(2)]
-            while len(client.service.batcher.queue) < 1:
+            while len(client.service.engine.scheduler.queue) < 1:
                 await asyncio.sleep(0.001)
             refused = await client.http.get("/recommend?user=2")
         return [refused, *await asyncio.gather(*accepted)]
@@ -209,7 +209,7 @@ def test_a_missed_deadline_is_429(serve: Serve, cascade: Bundle) -> None:
     client = serve(cascade.replace(policy=Policy(deadline_ms=20)))
 
     async def crowd() -> list[httpx.Response]:
-        with Held(client.service._model_thread):
+        with Held(client.service.engine.thread):
             first = asyncio.create_task(client.http.get("/recommend?user=1"))
             await asyncio.sleep(0.001)
             refused = await client.http.get("/recommend?user=2")

@@ -18,14 +18,14 @@ def worker(cascade: Bundle) -> Worker:
 
 def query(worker: Worker, user: int, history: list[int], **more: object) -> Query:
     ids = np.array(history, np.int64)
-    return Query(worker.catalog.user_batch(user, ids), ids, **more)  # type: ignore[arg-type]
+    return Query(user, ids, **more)  # type: ignore[arg-type]
 
 
 def test_retrieval_is_exact(worker: Worker) -> None:
     one = query(worker, 15, [4, 9, 30], hidden=np.array([7, 8]), count=40)
     (found,) = worker.answer([one])
     vectors = worker.runner.item_vectors(worker.catalog.item_batch(worker.ids))
-    scores = (vectors @ worker.runner.user_vectors(one.asker).T)[:, 0]
+    scores = (vectors @ worker.runner.user_vectors(one.asker(worker.catalog)).T)[:, 0]
     scores[np.isin(worker.ids, [7, 8])] = -np.inf
     assert found.items.tolist() == worker.ids[np.argsort(-scores)][:40].tolist()
 
