@@ -14,7 +14,7 @@ import contextlib
 import dataclasses
 import datetime
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from pennyweight.core.errors import ConfigError
 from pennyweight.distribute import shard
+from pennyweight.distribute.blocks import Fill
 from pennyweight.distribute.checkpoint import Folder
 from pennyweight.distribute.codec import Codec, Kind
 from pennyweight.distribute.reduce import Buckets
@@ -59,6 +60,7 @@ class Crew:
         timeout: of the process group.
         balance: workers that are slow get fewer rows of each batch; the sums are the same, their order then depends on time.
         traffic: how rows and gradients are written on the way.
+        fills: how tables that lie on no device are filled.
 
     Raises:
         ConfigError: the placement is for another number of workers, or cuts what cannot be.
@@ -73,6 +75,7 @@ class Crew:
         timeout: datetime.timedelta | None = None,
         balance: bool = False,
         traffic: Kind = "fp32",
+        fills: Mapping[int, Fill] | None = None,
     ) -> None:
         self.rank, self.size, self.every = dist.get_rank(), dist.get_world_size(), every
         if placement.world_size != self.size:
@@ -101,7 +104,7 @@ class Crew:
         self.side = dist.new_group(timeout=wait)
         """For what goes on beside the steps: checkpoints."""
         self.held = shard.held(module, placement, self.near.rank)
-        shard.cut(self.held)
+        shard.cut(self.held, fills or {})
         of = {id(h.module): h for h in self.held}
         modules = module.named_modules(remove_duplicate=False)
         self.names = {f"{path}.weight": of[id(m)] for path, m in modules if id(m) in of}

@@ -29,6 +29,7 @@ from torch import Tensor, nn
 
 from pennyweight.core.errors import ConfigError
 from pennyweight.data.schema import PAD
+from pennyweight.distribute.blocks import Fill
 from pennyweight.distribute.wire import Wire
 from pennyweight.model import layers, sparse, tables
 from pennyweight.model.placement import Piece, Placement, Shard
@@ -104,11 +105,14 @@ def held(module: nn.Module, placement: Placement, rank: int) -> list[Held]:
     return found
 
 
-def cut(held: Sequence[Held]) -> None:
-    """Leave of each cut table this worker's block only."""
+def cut(held: Sequence[Held], fills: Mapping[int, Fill]) -> None:
+    """Leave of each cut table this worker's block only; tables that lie on no device are made now, as ``blocks`` says."""
     for each in held:
-        if each.shard is not None and each.weight.shape == torch.Size(each.shape):
-            (r0, r1), (c0, c1) = each.mine.rows, each.mine.columns
+        (r0, r1), (c0, c1) = each.mine.rows, each.mine.columns
+        if each.weight.is_meta:
+            block = fills[id(each.module.weight)].block(each.shape, each.mine, each.module.padding_idx)
+            each.module.weight = nn.Parameter(block)
+        elif each.shard is not None:
             each.module.weight = nn.Parameter(each.weight.detach()[r0:r1, c0:c1].clone())
 
 

@@ -39,12 +39,13 @@ from pennyweight.core.config import dumps, encode, loads, write
 from pennyweight.core.errors import ConfigError, DataError, DeviceError, PennyweightError
 from pennyweight.data.dataset import Dataset, How
 from pennyweight.distribute import checkpoint, ways
+from pennyweight.distribute.blocks import built
 from pennyweight.distribute.codec import Kind
 from pennyweight.distribute.crew import Crew
 from pennyweight.distribute.wire import Lost
-from pennyweight.model import train
+from pennyweight.model import bundle, train  # noqa: F401  (bundle registers the layers a spec may name)
 from pennyweight.model.placement import Placement
-from pennyweight.model.spec import Spec, seeded
+from pennyweight.model.spec import Spec
 from pennyweight.model.train import EpochLog, Progress, Recipe
 
 TRIES = 4
@@ -118,8 +119,10 @@ def _work(home: Path, job: Job) -> None:
     _same(job, data)
     if job.memory_bytes:
         resource.setrlimit(resource.RLIMIT_DATA, (job.memory_bytes, job.memory_bytes))
-    module = seeded(job.spec, job.seed, job.allow)
-    crew = Crew(module, _placed(job, module), every=job.every, timeout=wait, balance=job.balance, traffic=job.traffic)
+    module, fills = built(job.spec, job.seed, job.allow)
+    crew = Crew(
+        module, _placed(job, module), every=job.every, timeout=wait, balance=job.balance, traffic=job.traffic, fills=fills
+    )
     train.TICK_S = job.tick_s
     with _stopping(home), open(home / "progress.jsonl", "a", buffering=1) as told:
 

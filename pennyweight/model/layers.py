@@ -250,6 +250,12 @@ class MLP(nn.Sequential):
                 nn.init.zeros_(layer.bias)
 
 
+def idle(lookup: Lookup, mlp: MLP) -> tuple[nn.Parameter, ...]:
+    """The bias of the numbers' norm, where nothing reads it but a layer whose own norm takes the mean away again."""
+    norms = (lookup.norm, mlp[1]) if lookup.numbers and len(mlp) > 1 else ()
+    return (lookup.norm.bias,) if norms and all(type(n) is nn.BatchNorm1d for n in norms) else ()
+
+
 class FM(nn.Module):
     """Factorization machine (Rendle 2010): each field's weight, and the dot products of all pairs of fields' factors.
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from pennyweight.core.errors import ConfigError
 from pennyweight.data.schema import Column
-from pennyweight.model.layers import FM, MLP, Cross, Embeddings, Interaction
+from pennyweight.model.layers import FM, MLP, Cross, Embeddings, Interaction, idle
 from pennyweight.model.spec import Batch
 
 
@@ -40,6 +40,10 @@ class DNN(nn.Module):
         """Logits [B], or [B, outputs] for classes."""
         logits: Tensor = self.mlp(self.embeddings(batch))
         return logits.squeeze(1) if logits.shape[1] == 1 else logits
+
+    def idle(self) -> tuple[nn.Parameter, ...]:
+        """Parameters that no loss depends on (``model.train.optimizer``)."""
+        return idle(self.embeddings.lookup, self.mlp)
 
 
 class DeepFM(nn.Module):
@@ -69,6 +73,10 @@ class DeepFM(nn.Module):
         flat = self.embeddings(batch)
         logits: Tensor = self.mlp(flat).squeeze(1) + self.fm(self.embeddings.fields(flat).flatten(1))
         return logits
+
+    def idle(self) -> tuple[nn.Parameter, ...]:
+        """Parameters that no loss depends on (``model.train.optimizer``)."""
+        return idle(self.embeddings.lookup, self.mlp)
 
 
 class DCNv2(nn.Module):
@@ -140,3 +148,7 @@ class DLRM(nn.Module):
             fields = torch.cat([fields, beside.unsqueeze(1)], 1)
         logits: Tensor = self.mlp(torch.cat([beside, self.interaction(fields)], 1)).squeeze(1)
         return logits
+
+    def idle(self) -> tuple[nn.Parameter, ...]:
+        """Parameters that no loss depends on (``model.train.optimizer``)."""
+        return idle(self.embeddings.lookup, self.bottom) if self.numeric else ()

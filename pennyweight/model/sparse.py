@@ -205,7 +205,7 @@ def trained(module: nn.Module) -> Iterator[nn.Embedding | nn.EmbeddingBag]:
         if not isinstance(table, (nn.Embedding, nn.EmbeddingBag)) or Table.of(table) is None:
             continue
         plain = not table.scale_grad_by_freq and table.max_norm is None and getattr(table, "mode", "sum") != "max"
-        if plain and table.weight.requires_grad and id(table.weight) not in seen and table.weight.device.type == "cpu":
+        if plain and table.weight.requires_grad and id(table.weight) not in seen and table.weight.device.type != "cuda":
             seen.add(id(table.weight))
             yield table
 
