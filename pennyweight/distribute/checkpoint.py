@@ -9,6 +9,9 @@ A save copies this worker's tensors and returns; a thread writes the copy, over 
 written is the folder renamed, by rank 0, and the one before removed. So a worker killed, or a disk that fills up, in the middle
 of a save leaves the checkpoint before; the training goes on and tries again at the next one.
 
+Where memory is short (``lean``) nothing is copied: what is written goes from the tensors to the file while the training waits,
+and what is read goes into them a few megabytes at a time.
+
 What is stored knows no workers: tables are whole tables, of which each block says where it lies. Reading asks for the blocks of
 the placement there is then. The files are safetensors (the checkpoint package's other format is a pickle).
 """
@@ -17,8 +20,10 @@ from __future__ import annotations
 
 import concurrent.futures
 import contextlib
+import itertools
 import json
 import logging
+import math
 import os
 import shutil
 import sys
@@ -31,15 +36,33 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
+from torch.distributed.checkpoint._hf_utils import CUSTOM_METADATA_KEY, SAVED_OFFSETS_KEY, _gen_file_name
+from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
-from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
+from torch.distributed.checkpoint.planner import (
+    LoadPlanner,
+    ReadItem,
+    SavePlan,
+    SavePlanner,
+    TensorWriteData,
+    WriteItem,
+    WriteItemType,
+)
+from torch.distributed.checkpoint.storage import WriteResult
+from torch.futures import Future
 
 from pennyweight.core.config import write
 from pennyweight.core.errors import ConfigError, StorageError
 from pennyweight.distribute.shard import Held
 
 STATE = "state.json"
+PIECE = 8 << 20
+"""Bytes read at once."""
+_TYPES = {
+    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
+    torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
+}  # fmt: skip
 _KINDS = ("module.", "best.", "optimizer.", "tables.")
 
 
@@ -82,6 +105,56 @@ class Block(Tensor):
         return self.local
 
 
+class _Writer(HuggingFaceStorageWriter):
+    """Writes tensors from where they lie; the package's own makes a file in memory first."""
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
+        """One safetensors file with this worker's tensors."""
+        done: Future[list[WriteResult]] = Future()
+        if not plan.items:
+            done.set_result([])
+            return done
+        name = _gen_file_name(1, 1, plan.storage_data["shard_index"])
+        tensors = [planner.resolve_data(item).detach().contiguous() for item in plan.items]  # type: ignore[union-attr]
+        ends = [*itertools.accumulate(t.numel() * t.element_size() for t in tensors)]
+        head: dict[str, Any] = {}
+        offsets = {}
+        for item, tensor, end in zip(plan.items, tensors, ends, strict=True):
+            place = [end - tensor.numel() * tensor.element_size(), end]
+            head[item.index.fqn] = {"dtype": _TYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": place}
+            offsets[item.index.fqn] = {SAVED_OFFSETS_KEY: list(item.index.offset or [0] * tensor.dim())}
+        head["__metadata__"] = {CUSTOM_METADATA_KEY: json.dumps(offsets)}
+        text = json.dumps(head).encode()
+        text += b" " * (-len(text) % 8)
+        with open(Path(self.path) / name, "wb") as file:
+            file.write(len(text).to_bytes(8, "little") + text)
+            for tensor in tensors:
+                file.write(tensor.view(-1).view(torch.uint8).numpy().data)
+            file.flush()
+            os.fsync(file.fileno())
+        starts = [8 + len(text) + head[i.index.fqn]["data_offsets"][0] for i in plan.items]
+        sizes = [t.numel() * t.element_size() for t in tensors]
+        done.set_result(
+            [WriteResult(i.index, n, _StorageInfo(name, at, n)) for i, n, at in zip(plan.items, sizes, starts, strict=True)]
+        )
+        return done
+
+
+class _Reader(HuggingFaceStorageReader):
+    """Reads into tensors some rows at a time; the package's own reads all of each first."""
+
+    def _process_read_request(self, f: Any, req: ReadItem, planner: LoadPlanner) -> None:
+        stored = f.get_slice(req.storage_index.fqn)
+        target = planner.resolve_tensor(req).detach()
+        (first, *rest), (count, *sizes) = req.storage_offsets, req.lengths
+        inner = tuple(slice(o, o + n) for o, n in zip(rest, sizes, strict=True))
+        step = max(1, PIECE // max(1, math.prod(sizes) * target.element_size()))
+        for at in range(0, count, step):
+            stop = min(at + step, count)
+            target[at:stop] = stored[(slice(first + at, first + stop), *inner)]
+        planner.commit_tensor(req, target)
+
+
 class Folder:
     """Where workers keep the state of a training.
 
@@ -89,10 +162,11 @@ class Folder:
         path: the folder, the same on all workers (on several hosts: a shared one).
         held: the tables by the names of their weights in the module's state.
         group: of all ranks, used for nothing else.
+        lean: nothing is copied, and a save is done when it returns.
     """
 
-    def __init__(self, path: Path, held: Mapping[str, Held], group: dist.ProcessGroup) -> None:
-        self.path, self.held, self.group = path, held, group
+    def __init__(self, path: Path, held: Mapping[str, Held], group: dist.ProcessGroup, lean: bool = False) -> None:
+        self.path, self.held, self.group, self.lean = path, held, group, lean
         self.rank = dist.get_rank(group)
         self.thread = concurrent.futures.ThreadPoolExecutor(1)
         self.pending: concurrent.futures.Future[None] | None = None
@@ -112,6 +186,8 @@ class Folder:
         self.number += 1
         told = {**notes, "scalars": json.dumps(scalars), "workers": str(dist.get_world_size(self.group))}
         self.pending = self.thread.submit(self._write, self.number, state, told)
+        if self.lean:
+            self.wait()
 
     def wait(self) -> StorageError | None:
         """Until the last save is on disk, or has failed, which is said and is no reason to stop."""
@@ -127,8 +203,8 @@ class Folder:
             print(error, file=sys.stderr, flush=True)
         return error
 
-    def load(self) -> tuple[dict[str, Tensor], Mapping[str, str]] | None:
-        """This worker's part of the last whole checkpoint, if there is one.
+    def load(self, into: Mapping[str, Tensor] | None = None) -> tuple[dict[str, Tensor], Mapping[str, str]] | None:
+        """This worker's part of the last whole checkpoint, if there is one; in ``into`` as far as tensors are there.
 
         Raises:
             ConfigError: it is damaged, or of tables of other shapes.
@@ -142,9 +218,10 @@ class Folder:
         try:
             notes: dict[str, str] = json.loads((folder / STATE).read_bytes())
             with _quiet():
-                reader = HuggingFaceStorageReader(str(folder))
+                reader = _Reader(str(folder))
                 found = reader.read_metadata().state_dict_metadata
-                local = {k: self._empty(k, m.size, m.properties.dtype) for k, m in found.items()}  # type: ignore[union-attr]
+                ready = {k: t.detach() for k, t in (into or {}).items() if t.dim()}
+                local = {k: self._into(ready.get(k), k, m.size, m.properties.dtype) for k, m in found.items()}  # type: ignore[union-attr]
                 dcp.load({k: self._block(k, t) for k, t in local.items()}, storage_reader=reader, process_group=self.group)
             scalars = json.loads(notes["scalars"])
         except (OSError, ValueError, KeyError, dcp.api.CheckpointException) as error:
@@ -153,21 +230,25 @@ class Folder:
         return {k: t.reshape(()) if k in scalars else t for k, t in local.items()}, notes
 
     def _write(self, number: int, state: Mapping[str, Tensor], notes: Mapping[str, str]) -> None:
-        target, part = self.path / f"step-{number}", self.path / f"step-{number}.part"
-        try:
-            with _quiet():
-                part.mkdir(parents=True, exist_ok=True)
-                writer = HuggingFaceStorageWriter(str(part), save_distributed=True)
-                dcp.save(dict(state), storage_writer=writer, process_group=self.group)
-            if self.rank == 0:
+        part = self.path / f"step-{number}.part"
+        if self.rank == 0:  # nobody writes before all have planned together, below
+            for old in self.path.glob("step-*.part"):
+                shutil.rmtree(old, ignore_errors=True)
+        with _quiet():
+            part.mkdir(parents=True, exist_ok=True)
+            dcp.save(dict(state), storage_writer=_Writer(str(part), save_distributed=True), process_group=self.group)
+        done = torch.zeros(1)
+        if self.rank == 0:
+            with contextlib.suppress(OSError):
                 write(part / STATE, json.dumps(notes))
-                os.rename(part, target)
-                for _, old in _whole(self.path)[:-1]:
-                    shutil.rmtree(old, ignore_errors=True)
-        except BaseException:
-            if self.rank == 0:
-                shutil.rmtree(part, ignore_errors=True)
-            raise
+                os.rename(part, self.path / f"step-{number}")
+                done += 1
+        dist.broadcast(done, 0, group=self.group)
+        if not done:
+            raise OSError("the folder could not be finished")
+        if self.rank == 0:
+            for _, old in _whole(self.path)[:-1]:
+                shutil.rmtree(old, ignore_errors=True)
 
     def _cut(self, key: str) -> Held | None:
         """The cut table that a tensor of the state goes with."""
@@ -188,14 +269,16 @@ class Folder:
             return Block(local, each.shape[:1], (r0,))
         return Block(local, each.shape, (r0, c0))
 
-    def _empty(self, key: str, size: Sequence[int], data_type: torch.dtype) -> Tensor:
+    def _into(self, ready: Tensor | None, key: str, size: Sequence[int], data_type: torch.dtype) -> Tensor:
+        """Where a tensor of the checkpoint, or this worker's block of it, is read to."""
         each = self._cut(key)
         if each is None or key.endswith(".step"):
-            return torch.empty(tuple(size), dtype=data_type)
+            fits = ready is not None and ready.shape == torch.Size(size)
+            return ready if ready is not None and fits else torch.empty(tuple(size), dtype=data_type)
         if tuple(size) != each.shape[: len(size)]:
             raise ConfigError(f"{key} is {tuple(size)} in the checkpoint and {each.shape} in the model; it is of another model")
         (r0, r1), (c0, c1) = each.mine.rows, each.mine.columns
-        return torch.empty((r1 - r0, c1 - c0)[: len(size)], dtype=data_type)
+        return torch.empty((r1 - r0, c1 - c0)[: len(size)], dtype=data_type) if ready is None else ready
 
 
 def _whole(path: Path) -> list[tuple[int, Path]]:
@@ -214,7 +297,7 @@ def whole(path: Path) -> tuple[dict[str, Tensor], Mapping[str, str]]:
     folder = _whole(path)[-1][1]
     notes: dict[str, str] = json.loads((folder / STATE).read_bytes())
     with _quiet():
-        reader = HuggingFaceStorageReader(str(folder))
+        reader = _Reader(str(folder))
         found = reader.read_metadata().state_dict_metadata
         state = {k: torch.empty(m.size, dtype=m.properties.dtype) for k, m in found.items()}  # type: ignore[union-attr]
         dcp.load(state, storage_reader=reader, no_dist=True)

@@ -61,6 +61,7 @@ class Crew:
         balance: workers that are slow get fewer rows of each batch; the sums are the same, their order then depends on time.
         traffic: how rows and gradients are written on the way.
         fills: how tables that lie on no device are filled.
+        lean: nothing is held twice: checkpoints are written from where the weights lie, and the best weights lie on disk.
 
     Raises:
         ConfigError: the placement is for another number of workers, or cuts what cannot be.
@@ -76,8 +77,9 @@ class Crew:
         balance: bool = False,
         traffic: Kind = "fp32",
         fills: Mapping[int, Fill] | None = None,
+        lean: bool = False,
     ) -> None:
-        self.rank, self.size, self.every = dist.get_rank(), dist.get_world_size(), every
+        self.rank, self.size, self.every, self.lean = dist.get_rank(), dist.get_world_size(), every, lean
         if placement.world_size != self.size:
             raise ConfigError(f"the placement is for {placement.world_size} workers, and {self.size} are here")
         if placement.dense:
@@ -198,8 +200,12 @@ class Crew:
 
     def keeper(self, path: Path) -> Keeper:
         """Sharded checkpoints in a folder."""
-        self.folder = Folder(path, self.names, self.side)
+        self.folder = Folder(path, self.names, self.side, self.lean)
         return self.folder
+
+    def shelf(self, path: Path) -> Keeper | None:
+        """A folder beside the checkpoints for the best weights, where memory is short."""
+        return Folder(path.with_name("best"), self.names, self.side, True) if self.lean else None
 
     def close(self) -> None:
         """Wait for what is being written."""

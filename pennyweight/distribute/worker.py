@@ -12,22 +12,22 @@ workers that are started again see it and end at once; a lost peer is none, and 
       error.json        why it cannot go on
       tries.json        the last checkpoint each start found
       rank-0.pid …      the processes
+      best/             the best weights so far, where memory is limited
       fitted/           the trained model and its record, as blocks
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import datetime
 import hashlib
 import json
 import os
-import resource
 import signal
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -36,7 +36,7 @@ from torch import nn
 
 from pennyweight.core import errors, hardware, memory
 from pennyweight.core.config import dumps, encode, loads, write
-from pennyweight.core.errors import ConfigError, DataError, DeviceError, PennyweightError
+from pennyweight.core.errors import ConfigError, DataError, DeviceError, PennyweightError, StorageError
 from pennyweight.data.dataset import Dataset, How
 from pennyweight.distribute import checkpoint, ways
 from pennyweight.distribute.blocks import built
@@ -117,8 +117,9 @@ def _work(home: Path, job: Job) -> None:
     data = Dataset.open(job.data)
     parts = data.split(job.split, job.fractions, job.seed)
     _same(job, data)
-    if job.memory_bytes:
-        resource.setrlimit(resource.RLIMIT_DATA, (job.memory_bytes, job.memory_bytes))
+    guard = contextlib.ExitStack()
+    if job.memory_bytes:  # what was taken to begin with, Python and PyTorch, is no part of it
+        guard.enter_context(memory.guarded(job.memory_bytes))
     module, fills = built(job.spec, job.seed, job.allow)
     crew = Crew(
         module, _placed(job, module), every=job.every, timeout=wait, balance=job.balance, traffic=job.traffic, fills=fills
@@ -136,11 +137,11 @@ def _work(home: Path, job: Job) -> None:
             checkpoint=home / "checkpoint", progress=hear, workers=crew,
         )  # fmt: skip
     crew.close()
-    shelf = checkpoint.Folder(home / "fitted", crew.names, crew.side)
+    shelf = checkpoint.Folder(home / "fitted", crew.names, crew.side, lean=True)
     state = {f"module.{k}": v for k, v in module.state_dict().items()}
     shelf.save(state, {"fit": dumps(fitted), "steps": dumps(_counted(crew))})
-    if (failed := shelf.wait()) is not None:
-        raise failed
+    if not checkpoint.newest(home / "fitted"):
+        raise StorageError(f"the trained model could not be written to {home}; free some room and start again")
     dist.barrier()
     dist.destroy_process_group()
 
@@ -202,7 +203,7 @@ def _tried(home: Path, rank: int) -> None:
         )
 
 
-@contextmanager
+@contextlib.contextmanager
 def _stopping(home: Path) -> Iterator[None]:
     """As long as this lasts, a file ``stop`` is as good as Ctrl-C."""
     over = threading.Event()

@@ -202,8 +202,8 @@ class Keeper(Protocol):
     def save(self, tensors: Mapping[str, Tensor], notes: Mapping[str, str]) -> None:
         """Keep this state in place of an older one."""
 
-    def load(self) -> tuple[dict[str, Tensor], Mapping[str, str]] | None:
-        """The state kept last, if there is one."""
+    def load(self, into: Mapping[str, Tensor] | None = None) -> tuple[dict[str, Tensor], Mapping[str, str]] | None:
+        """The state kept last, if there is one; read into these tensors where that can be."""
 
 
 class Workers(team.Team, Protocol):
@@ -237,6 +237,9 @@ class Workers(team.Team, Protocol):
 
     def keeper(self, path: Path) -> Keeper:
         """Where the workers keep their state."""
+
+    def shelf(self, path: Path) -> Keeper | None:
+        """Where they keep the best weights, if there is no memory to hold them twice."""
 
 
 def fit(
@@ -286,7 +289,8 @@ def fit(
         torch.manual_seed(seed)
         with Learner(module, loss, recipe, workers) as learner:
             keeper = None if checkpoint is None else _File(checkpoint) if workers is None else workers.keeper(checkpoint)
-            run = _Run(learner, taught, seed, judge, keeper, identity, progress, began, deadline_s, interrupted)
+            shelf = None if checkpoint is None or workers is None else workers.shelf(checkpoint)
+            run = _Run(learner, taught, seed, judge, keeper, shelf, identity, progress, began, deadline_s, interrupted)
             return run.go()
 
 
@@ -658,6 +662,7 @@ class _Run:
         seed: int,
         judge: Callable[[nn.Module], tuple[float, float]],
         keeper: Keeper | None,
+        shelf: Keeper | None,
         identity: str,
         progress: Callable[[Progress | EpochLog], None] | None,
         began: float,
@@ -667,7 +672,7 @@ class _Run:
         self.learner, self.train, self.seed = learner, train, seed
         self.module, self.recipe = learner.module, learner.recipe
         self.judge, self.progress = judge, progress
-        self.keeper, self.identity = keeper, identity
+        self.keeper, self.shelf, self.identity = keeper, shelf, identity
         self.workers = learner.workers
         self.began, self.interrupted = began, interrupted
         self.deadline = math.inf if deadline_s is None else began + deadline_s
@@ -692,6 +697,10 @@ class _Run:
             if self.best:
                 self.module.load_state_dict(self.best)
             self.module.eval()
+        if self.shelf is not None:
+            now = self.module.state_dict()
+            found = self.shelf.load({f"module.{k}": v for k, v in now.items()})
+            self.module.load_state_dict(_under("module.", found[0] if found else {}))
         assert self.state.best is not None
         return Fit(self.state.history, self.state.best_epoch, self.state.metric, time.monotonic() - self.began, stopped)
 
@@ -755,11 +764,7 @@ class _Run:
         sign = 1 if metrics.higher(self.recipe.selector) else -1
         better = best is None or sign * selected > sign * best
         if better:
-            now = {k: v.detach() for k, v in self.module.state_dict().items()}
-            # Into the memory of the last best, so that large tables are held twice and not three times.
-            self.best = (
-                {k: self.best[k].copy_(v) for k, v in now.items()} if self.best else {k: v.clone() for k, v in now.items()}
-            )
+            self._hold({k: v.detach() for k, v in self.module.state_dict().items()})
             self.state = dataclasses.replace(self.state, best=selected, metric=metric, best_epoch=epoch)
         if epoch:
             log = EpochLog(epoch, self.total.item() / self.state.step, metric, self.state.seconds + self.judged_s)
@@ -767,6 +772,16 @@ class _Run:
             if self.progress is not None:
                 self.progress(log)
         return better
+
+    def _hold(self, now: Mapping[str, Tensor]) -> None:
+        """Keep the weights as the best."""
+        if self.shelf is not None:
+            self.shelf.save({f"module.{k}": v for k, v in now.items()}, {})
+        elif self.best:  # into the memory of the last best, so that large tables are held twice and not three times
+            for name, tensor in now.items():
+                self.best[name].copy_(tensor)
+        else:
+            self.best = {name: tensor.clone() for name, tensor in now.items()}
 
     def _close(self) -> None:
         """End an epoch: judge it, decay the learning rate, decide whether to go on."""
@@ -802,7 +817,8 @@ class _Run:
 
     def _restore(self) -> bool:
         """Go on from the checkpoint, if there is one."""
-        found = None if self.keeper is None else self.keeper.load()
+        here = {f"module.{k}": v for k, v in self.module.state_dict().items()}
+        found = None if self.keeper is None else self.keeper.load(here)
         if found is None:
             return False
         tensors, notes = found
@@ -847,7 +863,7 @@ class _File:
         held = {k: v.detach().contiguous().clone() for k, v in tensors.items()}
         write(self.path, safetensors.torch.save(held, dict(notes)))
 
-    def load(self) -> tuple[dict[str, Tensor], Mapping[str, str]] | None:
+    def load(self, into: Mapping[str, Tensor] | None = None) -> tuple[dict[str, Tensor], Mapping[str, str]] | None:
         if not self.path.exists():
             return None
         try:
