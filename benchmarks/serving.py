@@ -1,10 +1,10 @@
-"""Does every request get its answer in time, or a refusal at once? The scheduler alone: simulated, or pure computation.
+"""Does every request get its answer in time, or a refusal at once? Live over a socket, simulated, or pure computation.
 
 Rows whose note begins with "simulated" replay seeded traces through the scheduler that is shipped, on modelled workers: two
 unless the note says otherwise, forwards' times with 5 % of noise, three seeds. ``CPU`` is the measured profile of a DLRM in
 three sizes on one thread of a processor (15.4, 5 and 1.2 µs an item); its gaps are examples. ``DEVICE`` has the 40 ms and
-2 ms a request that servers were compared on. What answers over a socket (``noop``, ``slo50``, ``real``, ``kills``, ``swap``,
-the peers) is measured live, not here.
+2 ms a request that servers were compared on. Rows without ``sim/`` are measured live (``benchmarks/live``), but for those
+whose note says pure computation.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from benchmarks import harness
+from benchmarks import harness, live
 from benchmarks.harness import Options, Row
 from pennyweight.core.curve import Curve
 from pennyweight.data.requests import Arrivals, Load
@@ -214,6 +214,7 @@ def jobs(options: Options) -> Sequence[Row]:
 
 
 ROWS = {
+    **live.ROWS,
     **{f"sim/overload/{times:g}x": overload(times, bar) for times, bar in ((2, 0.97), (4, 0.92), (10, 0.90))},
     **{f"sim/variants/{t:g}x": variants(t, bar, gap) for t, bar, gap in ((2, 0.99, 0.01), (4, 0.99, 0.01), (10, 0.95, None))},
     **{f"sim/bursts/{t:g}x": variants(t, 0.0, 0.03, "bursts") for t in (1, 2)},

@@ -1,0 +1,392 @@
+"""Rows of ``serving`` that are measured live: the server that is shipped, over a socket, under an open-loop load.
+
+Each row starts ``pennyweight serve`` with two workers on bundles whose forward sleeps for as long as it should take
+(``device``), replays a trace against it, and judges what came back as the simulator judges its own. ``calibration`` replays the
+same trace in both: where they differ by more than 3 points of requests on time or 15 % of p99, no simulated figure is quoted.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import random
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+
+from benchmarks.device import Device
+from benchmarks.harness import Options, Row
+from benchmarks.load import Live, Process, asks, hammer, post, replay, run, serve
+from pennyweight.core.curve import Curve
+from pennyweight.data.requests import Arrivals, Load
+from pennyweight.data.synthetic import Clicks
+from pennyweight.model.bundle import Bundle, Policy, Priority, Tenant, Variant, save
+from pennyweight.model.spec import Model, build, spec_of
+from pennyweight.schedule.simulate import Fleet, Replay, capacity, simulate
+from pennyweight.serve import binary
+
+ITEMS = 2000
+WORKERS = 2
+ALLOW = ["benchmarks.device"]
+
+
+def device(fixed_ms: float, request_ms: float, deadline_ms: float, batch: int = 16, **more: Any) -> Policy:
+    """A policy over one device where a request has one item."""
+    curve = Curve(fixed_ms, request_ms, 0.0)
+    return Policy(batch=batch, queue=10_000, deadline_ms=deadline_ms, variants=(Variant("one", costs={"cpu": curve}),), **more)
+
+
+SLO50 = device(4.0, 0.5, 50.0)
+SLO200 = device(40.0, 2.0, 200.0)
+THREE = Policy(
+    batch=16,
+    queue=10_000,
+    deadline_ms=250.0,
+    variants=(
+        Variant("full", costs={"cpu": Curve(1.2, 0.0, 0.154)}),
+        Variant("mid", "../mid", gap=0.005, costs={"cpu": Curve(1.2, 0.0, 0.05)}),
+        Variant("small", "../small", gap=0.03, costs={"cpu": Curve(1.2, 0.0, 0.012)}),
+    ),
+)
+"""The measured profile of a DLRM in three sizes, ten times slower, so that ten times its capacity can be sent over a socket."""
+
+
+@contextmanager
+def served(policy: Policy, workers: int = WORKERS, **options: Any) -> Iterator[tuple[Process, Path]]:
+    """The service over bundles that take what the policy's curves say."""
+    catalog = Clicks(sizes=(1000, ITEMS)).dataset(50_000).catalog
+    with tempfile.TemporaryDirectory(prefix="pennyweight-bench-") as place:
+        for variant in policy.variants:
+            curve = variant.costs["cpu"]
+            spec = spec_of(Device, inputs=("item",), fixed_ms=curve.fixed_ms, row_ms=curve.request_ms + curve.item_ms)
+            model = Model.of(build(spec, ALLOW), spec)
+            save(Bundle(model, catalog, policy=policy if not variant.folder else Policy()), Path(place) / variant.name)
+        folder = Path(place) / policy.variants[0].name
+        with serve(folder, workers, **options) as process:
+            yield process, folder
+
+
+def live(policy: Policy, trace: Arrivals, **options: Any) -> tuple[Live, Replay]:
+    """A trace against the service."""
+    with served(policy, **options) as (process, _):
+        warm(process, policy)
+        found: Live = run(replay(process.host, process.port, trace, asks(trace, ITEMS)))
+    return found, found.replay(policy, WORKERS)
+
+
+def warm(process: Process, policy: Policy) -> None:
+    """Some requests before those that count."""
+    names = dict.fromkeys((c.name for c in policy.classes), 1.0)
+    trace = Load(rate=50.0, seconds=0.5, sizes="fixed", items=1, seed=99, classes=names, tenants=_tenants(policy)).draw()
+    run(replay(process.host, process.port, trace, asks(trace, ITEMS)))
+
+
+def _tenants(policy: Policy) -> dict[str, float]:
+    return {"warm": 1.0} if policy.tenants else {}
+
+
+def seeds(options: Options) -> range:
+    return range(1, 1 + options.seeds)
+
+
+def spread(id: str, metric: str, values: Sequence[float], note: str, bar: float | None = None, *, most: bool = False) -> Row:
+    """The median and its range."""
+    return Row(
+        id, metric, statistics.median(values), min(values), max(values), len(values), bar=bar, note=note, at_most=most
+    )  # fmt: skip
+
+
+def told(runs: Sequence[tuple[Live, Replay]]) -> str:
+    """What a share on time hides."""
+    replays = [r for _, r in runs]
+    quartiles = " / ".join(f"{q:.1%}" for q in np.mean([r.by_size() for r in replays], 0))
+    items, p99 = np.mean([r.on_time_items for r in replays]), max(r.percentile(99) for r in replays)
+    mix = {name: np.mean([r.mix[name] for r in replays]) for name in replays[0].mix}
+    shares = ", ".join(f"{name} {share:.0%}" for name, share in mix.items())
+    lost, sheds = sum(one.lost for one, _ in runs), np.mean([(one.status == 429).mean() for one, _ in runs])
+    return (
+        f"weighted by items {items:.2%}, by quartile of size {quartiles}; by {shares}; p99 {p99:.3g} ms; refused {sheds:.1%}, "
+        f"lost {lost}"
+    )
+
+
+def single(rate: float, seconds: float, seed: int, **load: Any) -> Arrivals:
+    """Requests of one item."""
+    return Load(rate=rate, seconds=seconds, sizes="fixed", items=1, seed=seed, **load).draw()
+
+
+def times(policy: Policy, factor: float, seconds: float, seed: int, **load: Any) -> Arrivals:
+    """So many times the capacity of the best variant."""
+    probe = Load(rate=200.0, seconds=50.0, **{k: v for k, v in load.items() if k in ("sizes", "items")}).draw()
+    most = capacity(policy, [v.costs["cpu"] for v in policy.variants], probe, WORKERS)
+    return Load(rate=factor * most, seconds=seconds, seed=seed, **load).draw()
+
+
+ONE = {"sizes": "fixed", "items": 1}
+
+
+def slo50(rate: float, bar: float) -> Callable[[Options], Row]:
+    def measure(options: Options) -> Row:
+        runs = [live(SLO50, single(rate, 2.0 if options.quick else 15.0, s)) for s in seeds(options)]
+        note = f"live: device 4 ms + 0.5 ms a request, two workers, SLO 50 ms, Poisson at {rate:g} a second; {told(runs)}"
+        return spread(f"slo50/{rate:g}", "on_time", [r.on_time for _, r in runs], note, bar)
+
+    return measure
+
+
+def overload(factor: float, bar: float) -> Callable[[Options], Row]:
+    def measure(options: Options) -> Row:
+        runs = [live(SLO200, times(SLO200, factor, 2.0 if options.quick else 20.0, s, **ONE)) for s in seeds(options)]
+        most = runs[0][1].capacity
+        note = f"live: device 40 ms + 2 ms a request, SLO 200 ms, Poisson, {most:.0f} requests a second at most; {told(runs)}"
+        return spread(f"overload/{factor:g}x", "work_over_capacity", [r.work_over_capacity for _, r in runs], note, bar)
+
+    return measure
+
+
+def variants(factor: float, on_time: float, gap: float | None) -> Callable[[Options], Sequence[Row]]:
+    def measure(options: Options) -> Sequence[Row]:
+        runs = [live(THREE, times(THREE, factor, 2.0 if options.quick else 20.0, s)) for s in seeds(options)]
+        replays = [r for _, r in runs]
+        note = f"live: three variants (154, 50 and 12 us an item), heavy sizes, SLO 250 ms, Poisson; {told(runs)}"
+        ours, best = np.mean([r.quality for r in replays]), np.mean([r.fluid for r in replays])
+        against = f"live: effective quality {ours:.4f}, {best:.4f} of a fluid that knows the mean rate and every size"
+        id = f"variants/{factor:g}x"
+        return (
+            spread(id, "on_time", [r.on_time for r in replays], note, on_time),
+            spread(id, "quality_gap", [r.quality_gap for r in replays], against, gap, most=True),
+        )
+
+    return measure
+
+
+def kills(options: Options) -> Sequence[Row]:
+    """Workers killed in mid-load, one after another."""
+    count, every = (2, 8.0) if options.quick else (20, 6.0)
+    policy = dataclasses.replace(SLO200, batch=16)
+    trace = times(policy, 0.7, every * (count + 1), 1, **ONE)
+    moments: list[float] = []
+
+    with served(policy, spares=1) as (process, _):
+        warm(process, policy)
+        draw = random.Random(1)
+
+        async def kill(begin: float) -> None:
+            for k in range(1, count + 1):
+                await asyncio.sleep(begin + k * every - time.perf_counter())
+                there = await asyncio.to_thread(process.workers)
+                victim = draw.choice(there[:WORKERS])
+                victim.kill()
+                moments.append(time.perf_counter() - begin)
+
+        found: Live = run(replay(process.host, process.port, trace, asks(trace, ITEMS), beside=kill))
+    done = found.replay(policy, WORKERS)
+    accepted = int((found.status != 429).sum())
+    recovery = [_recovery(done, start, stop) for start, stop in zip(moments, [*moments[1:], trace.seconds], strict=True)]
+    refused = int((found.status == 429).sum())
+    note = (
+        f"live: {len(moments)} kills, one every {every:g} s, at 0.7 of the capacity of two workers (40 ms + 2 ms a request, "
+        f"SLO 200 ms), a spare; {accepted} accepted, {refused} refused at once, each answered once; on time {done.on_time:.2%}"
+    )
+    again = "live: the longest time after a kill from which 99 % of those due before the next one were on time"
+    return (
+        Row("kills", "lost", found.lost, found.lost, found.lost, bar=0, note=note, at_most=True),
+        Row("kills", "recovery_s", max(recovery), min(recovery), max(recovery), bar=1.0, note=again, at_most=True),
+    )
+
+
+def _recovery(done: Replay, start: float, stop: float) -> float:
+    """Seconds after ``start`` from which 99 % of the requests due until ``stop`` were on time."""
+    within = np.flatnonzero((done.trace.at >= start) & (done.trace.at < stop))
+    for step in np.arange(0.0, stop - start, 0.05):
+        left = within[done.trace.at[within] >= start + step]
+        if done.in_time[left].mean() >= 0.99:
+            return float(step)
+    return stop - start
+
+
+def pulse(options: Options) -> Sequence[Row]:
+    """Ten times the load for five seconds: what the top class sees, the time until all is well, how soon others are told."""
+    classes = (Priority("page", share=0.9), Priority("feed", share=0.8), Priority("mail", share=0.7))
+    policy = dataclasses.replace(SLO200, classes=classes)
+    length, whole = (1.0, 4.0) if options.quick else (5.0, 20.0)
+    shares = {"page": 0.1, "feed": 0.3, "mail": 0.6}
+    top, after, told_s = [], [], []
+    for s in seeds(options):
+        trace = times(policy, 0.6, whole, s, pulse=10.0, pulse_s=length, classes=shares, **ONE)
+        found, done = live(policy, trace)
+        start, stop = (whole - length) / 2, (whole + length) / 2
+        within = (trace.at >= start) & (trace.at < stop) & (trace.priority == 0)
+        top.append(float(done.in_time[within].mean()))
+        after.append(done.between(stop + 2 * policy.deadline_ms / 1000, whole))
+        sheds = found.latency[found.status == 429]
+        told_s.append(float(1000 * np.percentile(sheds, 99)) if len(sheds) else 0.0)
+    note = f"live: 40 ms + 2 ms a request, SLO 200 ms, load 0.6, and 6 for {length:g} s; a tenth is of the top class"
+    return (
+        spread("pulse", "top_class_on_time", top, note, 0.999),
+        spread("pulse", "on_time_after", after, "live: all classes, from 2 SLO after the pulse on", 0.99),
+        spread("pulse", "shed_ms", told_s, "live: p99 of refusals, from when the request was due", 5.0, most=True),
+    )
+
+
+def tenants(options: Options) -> Row:
+    """A tenant at ten times its quota: points of on-time that the others lose against it keeping to it."""
+    share = (
+        0.1 * 1000 * WORKERS * (16 * 2.0 / (40.0 + 16 * 2.0))
+    )  # a tenth of what two devices do beyond their forwards' own cost
+    policy = dataclasses.replace(SLO200, tenants=(Tenant("greedy", share, burst_s=0.2), Tenant("*", 1000.0 * WORKERS)))
+    own, lost = {"a": 0.2, "b": 0.2, "c": 0.2}, []
+    for s in seeds(options):
+        kept = {}
+        for part in (0.1, 1.0):
+            load = {"tenants": {**own, "greedy": part}, **ONE}
+            _, done = live(policy, times(policy, 0.6 + part, 2.0 if options.quick else 20.0, s, **load))
+            others = done.trace.tenant != done.trace.tenants.index("greedy")
+            kept[part] = float(done.in_time[others].mean())
+        lost.append(100 * (kept[0.1] - kept[1.0]))
+    note = "live: 40 ms + 2 ms a request, SLO 200 ms; three tenants ask for a fifth of the capacity each, one may have a tenth"
+    return spread("tenants", "points_lost", lost, note, 0.5, most=True)
+
+
+def swap(options: Options) -> Sequence[Row]:
+    """A bundle exchanged under load: errors, and the p99 of those who asked meanwhile over those before."""
+    seconds, token = (16.0 if options.quick else 40.0), "bench"
+    trace = times(SLO200, 0.7, seconds, 1, **ONE)
+    spans: list[float] = []
+    said: list[bytes] = []
+    with served(SLO200, token=token) as (process, _):
+        warm(process, SLO200)
+
+        async def exchange(begin: float) -> None:
+            await asyncio.sleep(begin + seconds / 4 - time.perf_counter())
+            spans.append(time.perf_counter() - begin)
+            reader, writer = await asyncio.open_connection(process.host, process.port)
+            ask = post("/swap", b'{"tolerance": 0}', "application/json", authorization=f"Bearer {token}")
+            writer.write(ask)
+            said.append(await reader.readuntil(b"\r\n"))
+            spans.append(time.perf_counter() - begin)
+            writer.close()
+
+        found: Live = run(replay(process.host, process.port, trace, asks(trace, ITEMS), beside=exchange))
+    done = found.replay(SLO200, WORKERS)
+    during = (trace.at >= spans[0]) & (trace.at < spans[1] + 1.0)
+    errors = int((~np.isin(found.status, (200, 429))).sum()) + (b" 200 " not in said[0])
+    before = trace.at < spans[0]
+    ratio = _p99(done, during) / _p99(done, before)
+    refused = float((found.status[during] == 429).mean()), float((found.status[before] == 429).mean())
+    note = (
+        f"live: 0.7 of the capacity (40 ms + 2 ms a request, SLO 200 ms); the exchange took {spans[1] - spans[0]:.1f} s; "
+        f"refused {refused[0]:.2%} meanwhile, {refused[1]:.2%} before"
+    )
+    return (
+        Row("swap", "errors", errors, errors, errors, bar=0, note=note, at_most=True),
+        Row("swap", "p99_ratio", ratio, ratio, ratio, bar=1.2, note="live: meanwhile over before", at_most=True),
+    )
+
+
+def _p99(done: Replay, which: Any) -> float:
+    times = done.latency[which & np.isfinite(done.latency)]
+    return float(np.percentile(times, 99))
+
+
+BARE = """
+import asyncio, socket, sys, uvicorn, uvloop
+BODY = b"x" * 96
+async def app(scope, receive, send):
+    message = await receive()
+    await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"96")]})
+    await send({"type": "http.response.body", "body": BODY})
+async def main():
+    listener = socket.socket(); listener.bind(("127.0.0.1", 0)); listener.listen(100)
+    print(f"http://127.0.0.1:{listener.getsockname()[1]}", file=sys.stderr, flush=True)
+    config = uvicorn.Config(app, lifespan="off", access_log=False, log_level="warning", ws="none")
+    await uvicorn.Server(config).serve(sockets=[listener])
+uvloop.run(main())
+"""
+"""What an answer costs that asks nobody: the floor of Uvicorn."""
+
+
+def noop(options: Options) -> Sequence[Row]:
+    """Answers a second where the model does nothing, 32 connections, beside a bare ASGI answer in the same run."""
+    seconds = 1.0 if options.quick else 8.0
+    ask = post("/score", binary.ask([1]))
+    policy = device(0.001, 0.0, 1000.0)
+    rates: dict[str, list[float]] = {"bare": [], "workers": [], "thread": []}
+    for _ in seeds(options):
+        with Process([sys.executable, "-c", BARE]) as bare:
+            rates["bare"].append(run(hammer(bare.host, bare.port, ask, 32, seconds))[0])
+        for name, workers in (("workers", WORKERS), ("thread", 0)):
+            with served(policy, workers) as (process, _):
+                run(hammer(process.host, process.port, ask, 32, min(1.0, seconds)))
+                rates[name].append(run(hammer(process.host, process.port, ask, 32, seconds))[0])
+    bare_rate, workers, thread = (statistics.median(rates[n]) for n in ("bare", "workers", "thread"))
+    best = "workers" if workers >= thread else "thread"
+    note = (
+        f"live: closed loop, 32 connections, one item, binary; two workers {workers:.0f}, in the front's own process "
+        f"{thread:.0f}, a bare ASGI answer of one process {bare_rate:.0f} a second; {psutil.cpu_count()} cores for client and server"
+    )
+    over = [ours / bare for ours, bare in zip(rates[best], rates["bare"], strict=True)]
+    return (
+        spread("noop", "rate", rates[best], note),
+        spread("noop", "rate_over_bare", over, "live: over a bare ASGI answer of one process", 0.6),
+    )
+
+
+def calibration(options: Options) -> Sequence[Row]:
+    """The same traces live and simulated: points of on-time, and p99, apart."""
+    seconds = 2.0 if options.quick else 15.0
+    cases = {
+        "slo50/1600": (SLO50, lambda s: single(1600.0, seconds, s)),
+        "overload/2x": (SLO200, lambda s: times(SLO200, 2.0, seconds, s, **ONE)),
+        "variants/2x": (THREE, lambda s: times(THREE, 2.0, seconds, s)),
+    }
+    points, tails, notes = [], [], []
+    for name, (policy, draw) in cases.items():
+        for s in seeds(options):
+            trace = draw(s)
+            found, done = live(policy, trace)
+            fleet = Fleet(workers=WORKERS, noise=0.02, overhead_s=overhead(policy))
+            guess = simulate(policy, trace, fleet, seed=s)
+            points.append(100 * abs(done.on_time - guess.on_time))
+            tails.append(abs(guess.percentile(99) / done.percentile(99) - 1))
+            notes.append(
+                f"{name} live {done.on_time:.2%}, p99 {done.percentile(99):.3g} ms, simulated {guess.on_time:.2%}, "
+                f"{guess.percentile(99):.3g} ms (lost {found.lost})"
+            )
+    note = "live and simulated, the same trace: " + "; ".join(notes)
+    return (
+        Row("calibration", "points", max(points), min(points), max(points), len(points), bar=3.0, note=note, at_most=True),
+        Row("calibration", "p99", max(tails), min(tails), max(tails), len(tails), bar=0.15, note=note, at_most=True),
+    )
+
+
+def overhead(policy: Policy) -> float:
+    """Seconds that a request takes beyond its forward where nothing waits: what the simulator does not know by itself."""
+    trace = single(5.0, 6.0, 7)
+    with served(policy) as (process, _):
+        warm(process, policy)
+        found: Live = run(replay(process.host, process.port, trace, asks(trace, ITEMS)))
+    alone = policy.variants[0].costs["cpu"].ms(1, 1) / 1000
+    return max(0.0, float(np.median(found.latency[found.status == 200])) - alone)
+
+
+ROWS: dict[str, Callable[[Options], Row | Sequence[Row]]] = {
+    "noop": noop,
+    "slo50/1600": slo50(1600.0, 0.995),
+    "slo50/2000": slo50(2000.0, 0.99),
+    **{f"overload/{f:g}x": overload(f, bar) for f, bar in ((2, 0.97), (4, 0.92), (10, 0.90))},
+    **{f"variants/{f:g}x": variants(f, bar, gap) for f, bar, gap in ((2, 0.99, 0.01), (4, 0.99, 0.01), (10, 0.95, None))},
+    "kills": kills,
+    "pulse": pulse,
+    "tenants": tenants,
+    "swap": swap,
+    "calibration": calibration,
+}

@@ -1,0 +1,303 @@
+"""Requests over loopback as a trace has them, sent when they are due whatever became of those before; and a server to ask.
+
+A client that waits for an answer before it sends the next one (a closed loop) slows down with the server, and what would have
+been late is never asked. Here each request is due at a moment of the trace, and its latency counts from that moment, whether a
+connection was free by then or not. The trace is the file that the simulator replays, and the outcome has the simulator's type,
+so that both are judged by one code. The client speaks just enough HTTP, since it shares the processor with who is measured.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Coroutine, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import uvloop
+
+from pennyweight.core.errors import DeviceError
+from pennyweight.data.requests import Arrivals
+from pennyweight.model.bundle import Policy
+from pennyweight.schedule.simulate import FATES, Replay, capacity, fluid
+from pennyweight.serve import binary
+
+LOST, CUT = 0, -1
+"""In place of a status: no answer within the time; the connection was cut."""
+START_S = 300
+
+
+class Connection(asyncio.Protocol):
+    """One connection, one request at a time."""
+
+    def __init__(self, owner: Asker) -> None:
+        self.owner = owner
+        self.place = -1
+        self.buffer = bytearray()
+        self.transport: asyncio.Transport
+
+    def connection_made(self, transport: Any) -> None:
+        self.transport = transport
+        transport.get_extra_info("socket").setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+
+    def data_received(self, data: bytes) -> None:
+        self.buffer += data
+        end = self.buffer.find(b"\r\n\r\n")
+        if end < 0:
+            return
+        start = self.buffer.find(b"content-length: ", 0, end)
+        assert start > 0, "an answer without its length"
+        stop = self.buffer.find(b"\r\n", start)
+        size = int(self.buffer[start + 16 : stop])
+        if len(self.buffer) < end + 4 + size:
+            return
+        assert len(self.buffer) == end + 4 + size and self.place >= 0, "an answer nobody asked for"
+        status, body = int(self.buffer[9:12]), bytes(self.buffer[end + 4 :])
+        closing = b"\r\nconnection: close" in self.buffer[:end]
+        self.buffer.clear()
+        place, self.place = self.place, -1
+        if closing:
+            self.transport.close()
+        self.owner.answered(self, place, status, body, closing)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self.owner.lost(self)
+
+    def ask(self, place: int, data: bytes) -> None:
+        self.place = place
+        self.transport.write(data)
+
+
+class Asker:
+    """What is sent, on as many connections as it takes, and what came back."""
+
+    def __init__(self, host: str, port: int, requests: Sequence[bytes] | Callable[[int], bytes], total: int) -> None:
+        self.host, self.port = host, port
+        self.request = requests if callable(requests) else requests.__getitem__
+        self.status = np.zeros(total, np.int16)
+        self.when = np.full(total, np.inf)
+        self.bodies: list[bytes] = [b""] * total
+        self.idle: list[Connection] = []
+        self.open = 0
+        self.left = total
+        self.done = asyncio.Event()
+
+    async def send(self, place: int) -> None:
+        data = self.request(place)
+        while self.idle:
+            connection = self.idle.pop()
+            if not connection.transport.is_closing():
+                return connection.ask(place, data)
+        try:
+            self.open += 1
+            _, made = await asyncio.get_running_loop().create_connection(lambda: Connection(self), self.host, self.port)
+        except OSError:
+            self.open -= 1
+            return self._end(place, CUT)
+        made.ask(place, data)
+
+    def answered(self, connection: Connection, place: int, status: int, body: bytes, closing: bool) -> None:
+        self.when[place] = time.perf_counter()
+        self.bodies[place] = body
+        if not closing:
+            self.idle.append(connection)
+        self._end(place, status)
+
+    def lost(self, connection: Connection) -> None:
+        self.open -= 1
+        if connection.place >= 0:
+            self._end(connection.place, CUT)
+
+    def _end(self, place: int, status: int) -> None:
+        self.status[place] = status
+        self.left -= 1
+        if not self.left:
+            self.done.set()
+
+    def close(self) -> None:
+        for connection in self.idle:
+            connection.transport.close()
+
+
+def post(path: str, body: bytes, kind: str = binary.KIND, **headers: str) -> bytes:
+    """A request as bytes."""
+    more = "".join(f"{name.replace('_', '-')}: {value}\r\n" for name, value in headers.items() if value)
+    head = f"POST {path} HTTP/1.1\r\nhost: b\r\ncontent-type: {kind}\r\ncontent-length: {len(body)}\r\n{more}\r\n"
+    return head.encode() + body
+
+
+def asks(trace: Arrivals, catalog: int) -> list[bytes]:
+    """Each request of a trace, to score its candidates: ranks of items, which are the names of what ``Server`` serves."""
+    made = []
+    for place in range(len(trace)):
+        size = int(trace.items[place])
+        items = [place % catalog] if size == 1 else trace.candidates(place) % catalog
+        tenant, priority = trace.tenants[trace.tenant[place]], trace.priorities[trace.priority[place]]
+        made.append(post("/score", binary.ask(items), x_tenant=tenant, x_priority=priority))
+    return made
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Live:
+    """What became of each request of a trace."""
+
+    trace: Arrivals
+    status: Any
+    """HTTP's, int16 [n]; ``LOST`` or ``CUT``."""
+    latency: Any
+    """Seconds from when it was due to its answer, whichever that was; infinite without one."""
+    bodies: list[bytes]
+
+    @property
+    def lost(self) -> int:
+        """Requests without an answer."""
+        return int(np.isin(self.status, (LOST, CUT)).sum())
+
+    def replay(self, policy: Policy, workers: int) -> Replay:
+        """As the simulator has it."""
+        trace, n = self.trace, len(self.trace)
+        names = {v.name: k for k, v in enumerate(policy.variants)}
+        well = self.status == 200
+        variant = np.full(n, -1, np.int8)
+        for place in np.flatnonzero(well):
+            variant[place] = names.get(binary.answer(self.bodies[place])[0]["variant"], 0)
+        fates = {200: "answered", 429: "late", 422: "poison"}
+        fate = np.array([FATES.index(fates.get(int(s), "lost")) for s in self.status], np.int8)  # type: ignore[arg-type]
+        spans = {c.name: (c.deadline_ms or policy.deadline_ms) / 1000 for c in policy.classes}
+        first = next(iter(spans.values()), policy.deadline_ms / 1000)
+        deadline = np.array([spans.get(name, first) for name in trace.priorities])[trace.priority]
+        curves = [v.costs["cpu"] for v in policy.variants]
+        latency, most = np.where(well, self.latency, np.inf), capacity(policy, curves, trace, workers)
+        best = fluid(policy, curves, trace, workers)
+        return Replay(
+            trace, policy, workers, fate, latency, deadline, variant, well.astype(np.int8), 0.0, 0.0, most, best
+        )  # fmt: skip
+
+
+async def replay(
+    host: str,
+    port: int,
+    trace: Arrivals,
+    requests: Sequence[bytes],
+    *,
+    wait_s: float = 10.0,
+    beside: Callable[[float], Coroutine[Any, Any, None]] | None = None,
+) -> Live:
+    """Send a trace; ``beside`` runs meanwhile, told when it began (``time.perf_counter``)."""
+    asker = Asker(host, port, requests, len(trace))
+    tasks: set[asyncio.Task[Any]] = set()
+    loop = asyncio.get_running_loop()
+    begin = time.perf_counter() + 0.2
+    other = loop.create_task(beside(begin)) if beside is not None else None
+    at = trace.at.tolist()
+    for place, due in enumerate(at):
+        pause = begin + due - time.perf_counter()
+        if pause > 0:
+            await asyncio.sleep(pause)
+        elif place % 32 == 0:
+            await asyncio.sleep(0)
+        task = loop.create_task(asker.send(place))
+        tasks.add(task)
+        task.add_done_callback(tasks.discard)
+    try:
+        async with asyncio.timeout(wait_s):
+            await asker.done.wait()
+    except TimeoutError:
+        pass  # what has no answer by now is lost
+    if other is not None:
+        await other
+    asker.close()
+    return Live(trace, asker.status.copy(), asker.when - begin - trace.at, asker.bodies)
+
+
+async def hammer(host: str, port: int, request: bytes, connections: int, seconds: float) -> tuple[float, float]:
+    """A closed loop: each connection asks again as soon as it is answered. Answers a second, and the p99 in seconds."""
+    times: list[float] = []
+    failed = 0
+
+    class Loop(Connection):
+        def __init__(self) -> None:
+            super().__init__(asker)
+            self.since = 0.0
+
+    class Again(Asker):
+        def answered(self, connection: Any, place: int, status: int, body: bytes, closing: bool) -> None:
+            nonlocal failed
+            now = time.perf_counter()
+            failed += status != 200
+            times.append(now - connection.since)
+            if now < end:
+                connection.since = now
+                connection.ask(0, request)
+
+        def lost(self, connection: Connection) -> None:
+            return
+
+    asker = Again(host, port, lambda place: request, 1)
+    loop = asyncio.get_running_loop()
+    made = [(await loop.create_connection(Loop, host, port))[1] for _ in range(connections)]
+    begin = time.perf_counter()
+    end = begin + seconds
+    for one in made:
+        one.since = time.perf_counter()
+        one.ask(0, request)
+    await asyncio.sleep(seconds + 0.5)
+    for one in made:
+        one.transport.close()
+    if failed:
+        raise DeviceError(f"{failed} of {len(times)} answers were no success; look at the server's output")
+    return len(times) / seconds, float(np.percentile(times, 99))
+
+
+def run(work: Coroutine[Any, Any, Any]) -> Any:
+    """On a loop of its own, the fast one."""
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        return runner.run(work)
+
+
+class Process:
+    """A server in a process of its own, that says where it listens on its standard error or is asked at a port."""
+
+    def __init__(self, command: Sequence[str], says: str = r"http://127\.0\.0\.1:(\d+)", **options: Any) -> None:
+        self.process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, **options)
+        assert self.process.stderr is not None
+        told = []
+        while line := self.process.stderr.readline():
+            told.append(line)
+            if found := re.search(says, line):
+                self.host, self.port = "127.0.0.1", int(found[1])
+                return
+        raise DeviceError(f"{' '.join(command[:4])} did not start: {''.join(told)[-2000:]}")
+
+    def __enter__(self) -> Process:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.process.send_signal(signal.SIGTERM)
+        try:
+            self.process.communicate(timeout=60)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.communicate()
+
+    def workers(self) -> list[psutil.Process]:
+        """The processes that score, the oldest first: the last one is the spare."""
+        children = psutil.Process(self.process.pid).children()
+        return sorted((c for c in children if "pennyweight.serve.child" in c.cmdline()), key=lambda c: c.create_time())
+
+
+def serve(folder: Path, workers: int = 2, *, spares: int = 0, token: str = "") -> Process:
+    """``pennyweight serve`` of a bundle, on a free port."""
+    command = [sys.executable, "-m", "pennyweight", "serve", str(folder), "--port", "0", "--allow", "benchmarks.device"]
+    options = ["--workers", str(workers), "--spares", str(spares), "--store", str(folder.parent / "events.db")]
+    root = str(Path(__file__).parents[1])
+    return Process([*command, *options], env={**os.environ, "PYTHONPATH": root, "PENNYWEIGHT_TOKEN": token})
