@@ -4,10 +4,10 @@ All on one machine over gloo, so ratios, bytes and equality, no times but the we
 
 ``exactness/MODEL``: the first 200 steps on the sample, by 2 and 4 workers, every way to hold tables; the largest relative
 difference of a loss from one worker's, and the difference of the AUC (SASRec: NDCG@10) on validation rows. ``bytes``: what a
-worker sent in a step, against the least its placement needs, counted from the batches: every distinct row of its rows that it does
-not hold, there and back with its id, and a ring's share of the dense gradients and norms. ``bytes/tables``: the same of a table of
-10 million rows, beside what data parallel training with dense gradients would send. ``traffic/TYPE``: fewer bytes on request, and
-what they cost in AUC. ``faults``: workers killed at random. ``memory``: a model of 4 times what a worker may take, over 5.
+worker sent in a step, against the least its placement needs, counted from the batches: every distinct row of its rows that it
+does not hold, there and back with its id, and a ring's share of the dense gradients and norms. ``bytes/tables``: the same of
+tables of 10 million rows, beside what dense gradients of them would be. ``traffic/TYPE``: fewer bytes on request, and what they
+cost in AUC. ``faults``: workers killed at random. ``memory``: a model of 4 times what a worker may take, over 5.
 """
 
 from __future__ import annotations
@@ -138,7 +138,8 @@ def exactness(name: str) -> harness.Measure:
         note = f"{len(losses)} steps, {len(errors)} placements ({', '.join(WAYS)}) of 2 and 4 workers; range over them"
         metric = given.recipe.metric
         return [
-            Row(f"exactness/{name}", "relative_error", max(errors), min(errors), max(errors), bar=1e-5, at_most=True, note=note),
+            Row(f"exactness/{name}", "relative_error", max(errors), min(errors), max(errors), bar=1e-5, at_most=True,
+                note=note),
             Row(f"exactness/{name}", f"{metric}_difference", max(gaps), min(gaps), max(gaps), bar=1e-4, at_most=True,
                 baseline=done.metric, note=f"final {metric} against one worker's {done.metric:.4f}"),
         ]  # fmt: skip
@@ -278,8 +279,8 @@ def faults(options: Options) -> list[Row]:
         made = given.together(Many(2, "row", every=every, timeout_s=20), disturb, home)
         apart = made.apart(losses)
     note = (
-        f"DeepFM on the sample, {len(losses)} steps, 2 workers, a checkpoint every {every} steps, one of them killed {struck[0]} "
-        f"times; at most {redone[0]} steps done again, losses {apart:.1e} from an undisturbed single worker's"
+        f"DeepFM on the sample, {len(losses)} steps, 2 workers, a checkpoint every {every} steps, one of them killed "
+        f"{struck[0]} times; at most {redone[0]} steps done again, losses {apart:.1e} from an undisturbed single worker's"
     )
     survived = struck[0] if apart < 1e-5 else 0
     return [Row("faults", "kills_survived", survived, survived, survived, bar=kills, note=note),
@@ -304,8 +305,9 @@ def memory(options: Options) -> list[Row]:
         made = given.together(Many(5, "row", memory_bytes=allowed))
     share = rows * dim * 4 / allowed
     note = (
-        f"a table of {rows:,} x {dim} ({rows * dim * 4 / 1e6:.0f} MB) over 5 workers that may take {allowed / 1e6:.0f} MB each beyond "
-        f"what Python and PyTorch take (RLIMIT_DATA), {made.told.steps['steps']} steps; one worker so limited: {alone or 'not tried'}"
+        f"a table of {rows:,} x {dim} ({rows * dim * 4 / 1e6:.0f} MB) over 5 workers that may take {allowed / 1e6:.0f} MB "
+        f"each beyond what Python and PyTorch take (RLIMIT_DATA), {made.told.steps['steps']} steps; one worker so limited: "
+        f"{alone or 'not tried'}"
     )
     value = share if options.quick or alone else 0.0
     return [Row("memory", "model_over_allowed", value, value, value, bar=None if options.quick else 4, note=note)]
@@ -326,8 +328,8 @@ def weak(options: Options) -> list[Row]:
             found.append(paces[1] / paces[0] / 2)
     value = statistics.median(found)
     note = (
-        "rows a second of 2 workers with batch 1024 over twice those of 1 with 512, epochs with their validation; on 2 cores that "
-        "also run the launcher, and with messages a step whose latency does not shrink: norms 6, tables 5, losses 1"
+        "rows a second of 2 workers with batch 1024 over twice those of 1 with 512, epochs with their validation; on 2 cores "
+        "that also run the launcher, and with messages a step whose latency does not shrink: norms, tables, losses"
     )
     return [Row("weak-scaling", "efficiency", value, min(found), max(found), options.seeds, note=note)]
 

@@ -2,9 +2,10 @@
 
 A lookup of cut tables asks each owner once for all tables that are looked up together (all columns of a group of embeddings):
 the distinct ids of this worker's rows that it has not fetched in this step, then their rows. After the backward pass each
-worker adds up its gradients by row and sends every sum to the row's owner, again for all tables at once; sums of tables that
-are whole go to everybody. So what travels is distinct rows, never a table, whatever the recipe does with them then: with
-``tables="dense"`` the owner visits all of its rows as the optimizer of one worker would, with the others the touched ones only.
+worker adds up its gradients by row and sends every sum to the row's owner, who still knows which rows it gave; again for all
+tables at once. Sums of tables that are whole go to everybody. So what travels is distinct rows, never a table, whatever the
+recipe does with them then: with ``tables="dense"`` the owner visits all of its rows as the optimizer of one worker would, with
+the others the touched ones only.
 
 TorchRec's ``DistributedModelParallel`` is the known alternative and an engine to compare with. It is not what trains here: it
 takes a model of its own tables and features, sends rows an id as often as it occurs, fuses an optimizer into the backward pass
@@ -51,6 +52,8 @@ class Held:
     """Ids that were looked up in this step and the gradients of their rows, as they came."""
     fetched: Found | None = None
     """Rows of a cut table that this worker has got in this step."""
+    asked: list[list[Tensor]] = dataclasses.field(default_factory=list)
+    """Rows of this worker's block that each rank has fetched in this step."""
     touched: Found | None = None
     """Rows of this worker's part and the sums of their gradients."""
 
@@ -75,6 +78,16 @@ class Held:
         whole = Piece(self.rank, (0, self.shape[0]), (0, self.shape[1]))
         empty = Piece(self.rank, (0, 0), (0, self.shape[1]))
         return next((p for p in self.pieces if p.rank == self.rank), whole if self.shard is None else empty)
+
+    @property
+    def width(self) -> int:
+        """Columns of this worker's block."""
+        return self.mine.columns[1] - self.mine.columns[0]
+
+    def inside(self, ids: Tensor) -> Iterator[tuple[Piece, tuple[int, int]]]:
+        """The blocks, and which of these rising ids are in each."""
+        bounds = torch.searchsorted(ids, torch.tensor([p.rows for p in self.pieces])).tolist()
+        yield from zip(self.pieces, map(tuple, bounds), strict=True)
 
     def summed(self) -> Found:
         """The gradients of this step, one sum an id, the padding's left out."""
@@ -159,25 +172,20 @@ class Cut:
     def clear(self) -> None:
         """Forget the gradients and the rows of a batch."""
         for each in self.held:
-            each.stash, each.fetched, each.touched = [], None, None
+            each.stash, each.fetched, each.asked, each.touched = [], None, [], None
             each.module.weight.grad = None
 
     @torch.no_grad()
     def gather(self) -> Iterator[Tensor]:
         """Bring the gradients of a batch to who holds the rows; they are summed by row, a table at a time."""
-        for each in self.held:
-            each.fetched = None
-        used = [h for h in self.held if h.stash]
-        sums = [h.summed() for h in used]
-        parted = [(h, s) for h, s in zip(used, sums, strict=True) if h.shard is not None]
-        whole = [(h, s) for h, s in zip(used, sums, strict=True) if h.shard is None]
+        parted = [h for h in self.held if h.fetched is not None]
+        used = [h for h in self.held if h.shard is None and h.stash]
         found = self._pushed(parted)
         if self.across.size > 1:
-            found = _spread([h for h, _ in parted], found, self.across)
-        done = [*zip((h for h, _ in parted), found, strict=True)]
-        done += zip((h for h, _ in whole), _spread([h for h, _ in whole], [s for _, s in whole], self.world), strict=True)
-        for each, touched in done:
-            each.touched = touched
+            found = _spread(parted, found, self.across)
+        found += _spread(used, [h.summed() for h in used], self.world)
+        for each, touched in zip([*parted, *used], found, strict=True):
+            each.fetched, each.touched = None, touched
             if self.kind == "dense":
                 each.module.weight.grad = torch.zeros_like(each.weight).index_copy_(0, *touched)
             else:
@@ -282,24 +290,40 @@ class Cut:
         asked = route.ids()
         answer = [each.weight.detach().index_select(0, ids) for each, ids in asked]
         rows = route.back(answer)
+        if self.module.training:
+            for j, (each, ids) in enumerate(asked):
+                each.asked = each.asked or [[] for _ in range(self.near.size)]
+                each.asked[j // len(missing)].append(ids)
         for (each, ids), got in zip(missing, rows, strict=True):
             if each.fetched is not None:
                 ids, order = torch.cat([each.fetched[0], ids]).sort()
                 got = torch.cat([each.fetched[1], got])[order]
             each.fetched = ids, got
 
-    def _pushed(self, sums: Sequence[tuple[Held, Found]]) -> list[Found]:
-        """What all workers of the group have for this one's blocks: rows of the block, and their sums."""
-        if not sums:
+    def _pushed(self, held: Sequence[Held]) -> list[Found]:
+        """What all workers of the group have for this one's blocks: rows of the block, and their sums.
+
+        Every fetched row is sent a sum, be it zero, in the order of ids: then its owner knows which it is.
+        """
+        if not held:
             return []
-        route = _Route([(each, ids) for each, (ids, _) in sums], self.near)
-        asked = route.ids()
-        values = route.forth([s for _, (_, s) in sums])
-        found: list[Found] = []
-        for each, _ in sums:
-            mine = [(ids, v) for (h, ids), v in zip(asked, values, strict=True) if h is each]
-            found.append(_added([ids for ids, _ in mine], [v for _, v in mine], each.mine))
-        return found
+        size = range(self.near.size)
+        parts: list[list[Tensor]] = [[] for _ in size]
+        for each in held:
+            assert each.fetched is not None
+            ids, (rows, sums) = each.fetched[0], each.summed()
+            values = torch.zeros(len(ids), each.shape[1]).index_copy_(0, torch.searchsorted(ids, rows), sums)
+            for piece, (start, stop) in each.inside(ids):
+                parts[piece.rank].append(values[start:stop, slice(*piece.columns)].flatten())
+        mine = [[torch.cat(each.asked[k]).sort().values for each in held] for k in size]
+        sizes = [[len(ids) * each.width for each, ids in zip(held, asked, strict=True)] for asked in mine]
+        send = torch.cat([p for own in parts for p in own])
+        got = self.near.numbers(send, [sum(map(len, own)) for own in parts], [sum(own) for own in sizes], "gradients")
+        split = [part.split(own) for part, own in zip(got.split([sum(own) for own in sizes]), sizes, strict=True)]
+        return [
+            _added([mine[k][j] for k in size], [split[k][j].view(-1, each.width) for k in size], each.mine)
+            for j, each in enumerate(held)
+        ]
 
 
 class _Looked(torch.autograd.Function):
@@ -328,9 +352,7 @@ class _Route:
         """For each rank: the place in ``wanted``, the block, and which of the ids are in it."""
         counts = torch.zeros(wire.size, len(wanted), dtype=torch.int64)
         for k, (each, ids) in enumerate(wanted):
-            edges = torch.tensor([p.rows for p in each.pieces])
-            bounds = torch.searchsorted(ids, edges).tolist()
-            for piece, (start, stop) in zip(each.pieces, bounds, strict=True):
+            for piece, (start, stop) in each.inside(ids):
                 self.segments[piece.rank].append((k, piece, start, stop))
                 counts[piece.rank, k] = stop - start
         self.out = counts.tolist()
@@ -348,8 +370,7 @@ class _Route:
     def back(self, answer: Sequence[Tensor]) -> list[Tensor]:
         """Rows [n, dim] of the ids that were asked for, from the answers of each rank."""
         send = torch.cat([*(a.flatten() for a in answer), torch.zeros(0)])
-        widths = [[self._width(k) for k in range(len(self.wanted))] for _ in self.out]
-        out = [sum(n * w for n, w in zip(counts, own, strict=True)) for counts, own in zip(self.into, widths, strict=True)]
+        out = [sum(n * each.width for n, (each, _) in zip(counts, self.wanted, strict=True)) for counts in self.into]
         got = self.wire.numbers(send, out, self._numbers(), "rows")
         rows = [torch.empty(len(ids), each.shape[1]) for each, ids in self.wanted]
         at = 0
@@ -359,23 +380,6 @@ class _Route:
             rows[k][start:stop, slice(*piece.columns)] = got[at : at + n].view(-1, width)
             at += n
         return rows
-
-    def forth(self, values: Sequence[Tensor]) -> list[Tensor]:
-        """Rows [n, columns of the block] that go with the ids of ``ids``, from numbers [n, dim] of all of ``wanted``."""
-        parts = [
-            values[k][start:stop, slice(*piece.columns)].flatten() for own in self.segments for k, piece, start, stop in own
-        ]
-        send = torch.cat([*parts, torch.zeros(0)])
-        into = [sum(n * self._width(k) for k, n in enumerate(counts)) for counts in self.into]
-        got = self.wire.numbers(send, self._numbers(), into, "gradients")
-        sizes = [n * self._width(k) for counts in self.into for k, n in enumerate(counts)]
-        split = got.split(sizes)
-        return [v.view(-1, self._width(j % len(self.wanted))) for j, v in enumerate(split)]
-
-    def _width(self, k: int) -> int:
-        """Columns of this worker's block."""
-        mine = self.wanted[k][0].mine
-        return mine.columns[1] - mine.columns[0]
 
     def _numbers(self) -> list[int]:
         """Numbers of the ids' blocks at each rank."""
