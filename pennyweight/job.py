@@ -115,13 +115,16 @@ def train(
     if many is None:
         model, fitted = trained(spec, parts, recipe, seed, out / "checkpoint", watch, allow)
     else:
-        _stored(out, data)
+        if not launch.place(many.hosts):
+            _stored(out, data)
         model, told = launch.train(
             spec, out / "data", (split, fractions), recipe, seed, out / "workers", many, allow=allow, watch=watch
         )
         fitted = told.fit
-        if fitted.stopped != "interrupted":
-            shutil.rmtree(out / "workers", ignore_errors=True)
+        if launch.place(many.hosts):  # the first host writes the run
+            return Run(name, split, fractions, recipe, seed, epochs("baseline", fitted), fitted.seconds, describe)
+        if fitted.stopped != "interrupted":  # other hosts may be reading what was fitted
+            shutil.rmtree(out / "workers" / "checkpoint" if many.hosts else out / "workers", ignore_errors=True)
     run = Run(name, split, fractions, recipe, seed, epochs("baseline", fitted), fitted.seconds, describe)
     keep(out, Bundle(model, catalog=parts.train.catalog), data, run)
     return run

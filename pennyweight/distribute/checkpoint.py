@@ -55,6 +55,7 @@ from torch.futures import Future
 from pennyweight.core.config import write
 from pennyweight.core.errors import ConfigError, StorageError
 from pennyweight.distribute.shard import Held
+from pennyweight.distribute.wide import Part
 
 STATE = "state.json"
 PIECE = 8 << 20
@@ -160,12 +161,12 @@ class Folder:
 
     Args:
         path: the folder, the same on all workers (on several hosts: a shared one).
-        held: the tables by the names of their weights in the module's state.
+        held: tables and cut layers by the names of their parameters in the module's state.
         group: of all ranks, used for nothing else.
         lean: nothing is copied, and a save is done when it returns.
     """
 
-    def __init__(self, path: Path, held: Mapping[str, Held], group: dist.ProcessGroup, lean: bool = False) -> None:
+    def __init__(self, path: Path, held: Mapping[str, Held | Part], group: dist.ProcessGroup, lean: bool = False) -> None:
         self.path, self.held, self.group, self.lean = path, held, group, lean
         self.rank = dist.get_rank(group)
         self.thread = concurrent.futures.ThreadPoolExecutor(1)
@@ -250,7 +251,7 @@ class Folder:
             for _, old in _whole(self.path)[:-1]:
                 shutil.rmtree(old, ignore_errors=True)
 
-    def _cut(self, key: str) -> Held | None:
+    def _cut(self, key: str) -> Held | Part | None:
         """The cut table that a tensor of the state goes with."""
         kind = next((k for k in _KINDS if key.startswith(k)), None)
         if kind is None:

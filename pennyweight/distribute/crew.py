@@ -22,11 +22,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from pennyweight.core.errors import ConfigError
-from pennyweight.distribute import shard
+from pennyweight.distribute import shard, wide
 from pennyweight.distribute.blocks import Fill
 from pennyweight.distribute.checkpoint import Folder
 from pennyweight.distribute.codec import Codec, Kind
 from pennyweight.distribute.reduce import Buckets
+from pennyweight.distribute.shard import Held
 from pennyweight.distribute.split import Split
 from pennyweight.distribute.wire import Wire
 from pennyweight.model import team
@@ -82,10 +83,6 @@ class Crew:
         self.rank, self.size, self.every, self.lean = dist.get_rank(), dist.get_world_size(), every, lean
         if placement.world_size != self.size:
             raise ConfigError(f"the placement is for {placement.world_size} workers, and {self.size} are here")
-        if placement.dense:
-            raise ConfigError(
-                f"dense layers are whole on every worker here, and the placement cuts {', '.join(placement.dense)}"
-            )
         wait = timeout or dist.default_pg_timeout
         self.placement, self.steps = placement, Steps(seconds=torch.zeros(self.size, dtype=torch.float64))
         self.balance, self.weights = balance, [WHOLE] * self.size
@@ -109,8 +106,10 @@ class Crew:
         shard.cut(self.held, fills or {})
         of = {id(h.module): h for h in self.held}
         modules = module.named_modules(remove_duplicate=False)
-        self.names = {f"{path}.weight": of[id(m)] for path, m in modules if id(m) in of}
-        self.shapes = {name: h.shape for name, h in self.names.items()}
+        self.names: dict[str, Held | wide.Part] = {f"{path}.weight": of[id(m)] for path, m in modules if id(m) in of}
+        self.wide = wide.cut(module, placement, self.near.rank)
+        self.names |= self.wide
+        self.shapes = {name: part.shape for name, part in self.names.items()}
         self.folder: Folder | None = None
         self.buckets: Buckets | None = None
         self.began = time.perf_counter()
@@ -137,7 +136,10 @@ class Crew:
             raise ConfigError(
                 f"a batch of {recipe.batch} rows cannot be parted among {self.size} workers; give at least a row each"
             )
+        if self.wide and recipe.precision == "bf16":
+            raise ConfigError("dense layers that are cut multiply in fp32; train with --precision fp32, or leave them whole")
         self.split = Split(module, self.world)
+        self.layers = wide.Wide(module, self.placement.dense, self.near)
         self.cut = shard.Cut(module, self.held, kind, recipe.embedding_l2, self.near, self.across, self.world)
         return _Lent(self)
 
@@ -149,21 +151,27 @@ class Crew:
     def expect(self, params: Sequence[nn.Parameter]) -> None:
         """Listen for the gradients of dense layers."""
         if self.buckets is None:
-            tables = {id(h.module.weight) for h in self.held}
-            self.buckets = Buckets([p for p in params if id(p) not in tables], self.world)
+            apart = {id(h.module.weight) for h in self.held} | {id(part.parameter) for part in self.wide.values()}
+            self.buckets = Buckets([p for p in params if id(p) not in apart], self.world)
         self.buckets.begin()
 
     def settle(self) -> None:
         """Wait for their sums."""
         assert self.buckets is not None
         self.buckets.settle()
+        if self.across.size > 1:
+            for part in self.wide.values():
+                if part.parameter.grad is not None:
+                    self.across.sum(part.parameter.grad, "dense")
 
     def norm(self, whole: Sequence[Tensor]) -> float:
         """The norm of all gradients; ``whole`` may hold blocks of cut tables, which are told apart."""
-        parted = {id(h.module.weight.grad) for h in self.held}
+        blocks = [part.parameter.grad for part in self.wide.values() if part.parameter.grad is not None]
+        apart = {id(h.module.weight.grad) for h in self.held} | set(map(id, blocks))
         mine, same = self.cut.squares()
+        mine = mine + sum(g.square().sum() for g in blocks)
         self.near.sum(mine, "norms")
-        dense = sum((g.square().sum() for g in whole if id(g) not in parted), torch.zeros(()))
+        dense = sum((g.square().sum() for g in whole if id(g) not in apart), torch.zeros(()))
         return float((mine + same + dense).sqrt())
 
     def agree(self, loss: Tensor, wishes: tuple[bool, ...]) -> tuple[Tensor, tuple[bool, ...]]:
@@ -237,6 +245,7 @@ class _Lent:
         """Leave the module as it was found, but for its blocks."""
         self.crew.cut.release()
         self.crew.split.release()
+        self.crew.layers.release()
         if self.crew.buckets is not None:
             self.crew.buckets.release()
             self.crew.buckets = None

@@ -33,7 +33,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.elastic.rendezvous.api import RendezvousError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-from pennyweight.core.config import decode, dumps, loads, write
+from pennyweight.core.config import decode, dumps, loads
 from pennyweight.core.errors import ConfigError, DataError, DeviceError
 from pennyweight.data.dataset import How
 from pennyweight.distribute import checkpoint, worker
@@ -71,6 +71,8 @@ class Many:
     """Groups of workers that each hold everything."""
     hosts: tuple[Host, ...] = ()
     """All hosts, this one too; empty is this machine alone."""
+    least: int = 0
+    """Hosts that are enough to begin, and to go on when others are lost; 0 is all of them."""
     every: int = 0
     """Steps between two checkpoints inside an epoch; 0 is a minute."""
     timeout_s: float = 60.0
@@ -85,6 +87,10 @@ class Many:
     """Seconds between two reports of progress."""
 
     def __post_init__(self) -> None:
+        if self.least > len(self.hosts):
+            raise ConfigError(
+                f"{self.least} hosts are to be enough, and {len(self.hosts)} are named; give --hosts FILE with more"
+            )
         if self.workers < 1 or self.every < 0 or self.timeout_s <= 0 or self.memory_bytes < 0:
             raise ConfigError(
                 f"{self.workers} workers, a checkpoint every {self.every} steps, time-out {self.timeout_s:g} s, "
@@ -130,19 +136,18 @@ def train(
         PennyweightError: as a training by one would, or as the workers agreed on.
         DeviceError: a host did not come, a port is taken, or workers end again and again.
     """
-    same = {f.name: getattr(many, f.name) for f in dataclasses.fields(many) if f.name not in ("workers", "hosts")}
+    same = {f.name: getattr(many, f.name) for f in dataclasses.fields(many) if f.name not in ("workers", "hosts", "least")}
     job = Job(spec, str(data.absolute()), *parts, recipe, seed, allow=allow, **same)
-    workers, hosts = many.workers, many.hosts
-    here = _here(hosts)
+    hosts = many.hosts
+    here = place(hosts)
     folder.mkdir(parents=True, exist_ok=True)
     if here == 0:
         for old in ("error.json", "stop", "progress.jsonl", "tries.json"):
             (folder / old).unlink(missing_ok=True)
         shutil.rmtree(folder / "fitted", ignore_errors=True)
-        write(folder / "job.json", dumps(job))
-    launch = elastic_launch(_config(job, workers, hosts, here), worker.main)
+    launch = elastic_launch(_config(job, many, here), worker.main)
     with concurrent.futures.ThreadPoolExecutor(1) as thread, _quiet():
-        running = thread.submit(launch, str(folder))
+        running = thread.submit(launch, str(folder), dumps(job))
         _follow(running, folder, watch)
         error = running.exception()
     final = worker.told(folder)
@@ -180,8 +185,12 @@ def read_hosts(path: Path) -> tuple[Host, ...]:
     return tuple(found)
 
 
-def _here(hosts: Sequence[Host]) -> int:
-    """Which of the hosts this one is."""
+def place(hosts: Sequence[Host]) -> int:
+    """Which of the hosts this one is; 0 where none are named.
+
+    Raises:
+        ConfigError: none of them.
+    """
     if not hosts:
         return 0
     own = {a.address for addresses in psutil.net_if_addrs().values() for a in addresses} | {socket.gethostname()}
@@ -193,7 +202,8 @@ def _here(hosts: Sequence[Host]) -> int:
     return found[0]
 
 
-def _config(job: Job, workers: int, hosts: Sequence[Host], here: int) -> LaunchConfig:
+def _config(job: Job, many: Many, here: int) -> LaunchConfig:
+    workers, hosts = many.workers, many.hosts
     multiprocessing.set_forkserver_preload(["__main__", "pennyweight.distribute.worker"])
     shared: dict[str, Any] = {
         "max_restarts": RESTARTS, "monitor_interval": 0.1, "start_method": "forkserver", "rdzv_backend": "c10d",
@@ -210,7 +220,7 @@ def _config(job: Job, workers: int, hosts: Sequence[Host], here: int) -> LaunchC
     os.environ["GLOO_SOCKET_IFNAME"] = _interface(mine.address)
     configs = {"timeout": job.timeout_s, "join_timeout": job.timeout_s, "is_host": here == 0, "last_call_timeout": 5}
     return LaunchConfig(
-        len(hosts), len(hosts), mine.workers or workers, run_id="pennyweight", rdzv_configs=configs,
+        many.least or len(hosts), len(hosts), mine.workers or workers, run_id="pennyweight", rdzv_configs=configs,
         rdzv_endpoint=f"{first.address}:{first.port}", local_addr=mine.address, **shared,
     )  # fmt: skip
 

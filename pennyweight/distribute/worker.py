@@ -1,11 +1,10 @@
 """One worker of a training: what ``torchrun``'s agent starts, and starts again when a worker was lost.
 
-It reads the job, joins the others, makes sure that all have the same one, and runs the loop that one worker alone would run.
+It takes the job, joins the others, makes sure that all have the same one, and runs the loop that one worker alone would run.
 What goes wrong is told in a file of the job's folder, by one worker: an error that another try would meet again is final, and
 workers that are started again see it and end at once; a lost peer is none, and they go on from the last checkpoint.
 
     folder/
-      job.json          what to do
       checkpoint/       where the training is (distribute/checkpoint)
       progress.jsonl    what rank 0 has to tell
       stop              somebody wants it to stop
@@ -54,7 +53,7 @@ TRIES = 4
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """A training for workers; each reads it from ``job.json``."""
+    """A training for workers, as JSON from each host's launcher."""
 
     spec: Spec
     data: str
@@ -84,14 +83,14 @@ class Job:
     allow: tuple[str, ...] = ()
 
 
-def main(folder: str) -> None:
+def main(folder: str, job: str) -> None:
     """Train as the worker that the environment says, or say why not and end with status 1."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the launcher, which asks all to stop at one step
     home = Path(folder)
     if (home / "error.json").exists():
         return
     try:
-        _work(home, loads(Job, (home / "job.json").read_bytes(), "job.json"))
+        _work(home, loads(Job, job, "job"))
     except (PennyweightError, RuntimeError, MemoryError) as error:
         if not isinstance(error, PennyweightError):
             if not memory.short(error):

@@ -106,6 +106,8 @@ CASES = [
     ("two-tower", dataclasses.replace(PAIRS, loss="sampled-softmax"), Many(4, "grid")),
     ("two-tower", dataclasses.replace(PAIRS, loss="sampled-softmax", negatives=0), Many(2, "row")),
     ("sasrec", SASREC, Many(2, "row")),
+    ("deepfm", RECIPE, Many(3, Placement(3, dense={"mlp.0": "column", "mlp.4": "row"}))),
+    ("sasrec", dataclasses.replace(SASREC, clip=1.0), Many(4, Placement(4, dense={"blocks.0.wide": "column"}, replicas=2))),
 ]
 
 
