@@ -38,6 +38,8 @@ ROUNDS: Mapping[str, int] = {"ids": 4, "rows": 1, "gradients": 1}
 """Exchanges inside a group in a step: counts and ids on both ways, rows, gradients."""
 SPREAD = 3
 """Exchanges for what several workers hold alike: counts, ids, gradients."""
+MESSAGE = 0.1
+"""What posting one more message takes, over the latency of a link: a message's handling, not its way."""
 HANDLED = 12
 """Operations that a table costs each worker besides its rows, where workers share the work."""
 BACKWARD = 2.0
@@ -368,10 +370,11 @@ def _most(total: Share, k: int) -> float:
 
 
 def _steps(over: int, summing: bool) -> float:
-    """Messages one after the other in an exchange between so many workers, by the better of the usual two ways to do it.
+    """How many times the link's latency an exchange between so many workers takes.
 
-    A sum is a ring of 2 (n - 1) steps or recursive halving and doubling of 2 log2 n, an exchange of all with all is n - 1 pairs
-    or Bruck's log2 n rounds (Thakur, Rabenseifner and Gropp 2005).
+    Messages to all others are posted at once: the first takes the latency, each further one ``MESSAGE`` of it. A sum is a ring
+    of 2 (n - 1) steps or recursive halving and doubling of 2 log2 n (Thakur, Rabenseifner and Gropp 2005), whichever is less.
     """
-    rounds = math.ceil(math.log2(max(2, over)))
-    return min(2 * (over - 1), 2 * rounds) if summing else min(over - 1, rounds)
+    if summing:
+        return min(2 * (over - 1), 2 * math.ceil(math.log2(max(2, over))))
+    return 1 + MESSAGE * max(0, over - 2)

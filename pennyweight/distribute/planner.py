@@ -175,7 +175,11 @@ def _why(chosen: Predicted, others: Sequence[Alternative], topology: Topology) -
     parts = {f.name: getattr(step, f.name) for f in dataclasses.fields(step)}
     most = max(parts, key=lambda n: parts[n])
     said = [f"{WORDS[most]} takes most of a step: {parts[most] / step.seconds:.0%} of {step.seconds * 1e3:.3g} ms"]
-    rest = [a for a in others if a.predicted.fits and a.predicted.placement != chosen.placement]
+    mine = chosen.placement  # where all is whole, one group and many are the same
+    alike = [
+        a for a in others if a.predicted.placement.shards == mine.shards and (not mine.shards or a.predicted.placement == mine)
+    ]
+    rest = [a for a in others if a.predicted.fits and a not in alike]
     if rest:
         nearest = min(rest, key=lambda a: a.predicted.step.seconds)
         longer, more = nearest.predicted.step.seconds / step.seconds, nearest.predicted.sent / max(1, chosen.sent)

@@ -1,9 +1,9 @@
 """A model on two to thousands of workers, on paper: the planner's own code over topologies that grow.
 
-Each worker keeps as many examples as before (weak scaling), which is how recommenders are scaled: a longer batch, not a thinner
-one. At every size the planner chooses again, among placements in one group, in groups of hosts (2D) and data parallel, so that
-a curve bends where no placement helps and not where a fixed one ends. What limits is told from the step's parts: where
-exchange takes more than compute, more workers mostly talk.
+Either each worker keeps as many examples as before (weak scaling), or a step's are parted among more and more (strong). At
+every size the planner chooses again, among placements in one group, in groups of hosts (2D) and data parallel, so that a curve
+bends where no placement helps and not where a fixed one ends. What limits is told from the step's parts: where exchange takes
+more than compute, more workers mostly talk.
 
 A prediction at thousands of workers is an extrapolation: rates are those of this machine and links those that were given. It
 has no stragglers, no shared switches and no failures, all of which only make it worse.
@@ -46,19 +46,25 @@ class Point:
 
 
 def simulate(
-    work: Workload, topology: Topology, workers: Sequence[int] = WORKERS, *, groups: Sequence[int] | None = None
+    work: Workload,
+    topology: Topology,
+    workers: Sequence[int] = WORKERS,
+    *,
+    groups: Sequence[int] | None = None,
+    strong: bool = False,
 ) -> tuple[Point, ...]:
-    """The best placement at each number of workers; ``work.batch`` is one worker's.
+    """The best placement at each number of workers; ``work.batch`` is one worker's, or with ``strong`` that of all.
 
     Args:
-        work: what a step asks of one worker.
+        work: what a step asks.
         topology: a full host with its workers, and the link between hosts.
         workers: how many; up to a host's they share one host's link, above that hosts are added.
         groups: numbers of groups to choose from; by default all the planner tries.
+        strong: whether the examples of a step are parted among more workers.
     """
     if topology.between is None:
         raise ConfigError("scaling over hosts needs the link between them; give the topology one (between)")
-    return tuple(_point(work, sized(topology, n), groups) for n in workers)
+    return tuple(_point(work if strong else work.replace(batch=work.batch * n), sized(topology, n), groups) for n in workers)
 
 
 def linked(topology: Topology) -> Topology:
@@ -79,16 +85,15 @@ def sized(topology: Topology, workers: int) -> Topology:
 
 
 def _point(work: Workload, topology: Topology, groups: Sequence[int] | None) -> Point:
-    whole = work.replace(batch=work.batch * topology.world)
     tried = [g for g in (groups or divisors(topology)) if topology.world % g == 0]
-    found = [Search(Setting(whole, topology, g), small=0).best() for g in tried]
+    found = [Search(Setting(work, topology, g), small=0).best() for g in tried]
     best = cheapest([p for p in found if p.fits] or [min(found, key=lambda p: p.memory)])
     return Point(
         workers=topology.world,
         groups=best.placement.replicas,
         kinds=_kinds(work, best),
         step=best.step,
-        rate=whole.batch / best.step.seconds,
+        rate=work.batch / best.step.seconds,
         efficiency=best.step.compute / best.step.seconds,
         memory=best.memory,
         sent=max(r.sent for r in best.ranks),

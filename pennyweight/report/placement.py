@@ -149,7 +149,10 @@ def page(made: Made, formulas: Sequence[Formula], measured: Measured | None = No
             "<title>Placement</title><style>{}</style><h1>{}</h1>{}{}<h2>Tables</h2>{}<h2>Against other placements</h2>{}"
             "<h2>Four plain formulas</h2>{}<p>Predicted from rates measured on {}; {}.</p></html>"
         ).format(
-            Markup(STYLE + "h2 { font-size: 1.15rem } td:first-child, td:last-child { text-align: left }"),
+            Markup(
+                STYLE
+                + "h2 { font-size: 1.15rem } td:first-child, th:first-child, td:last-child, th:last-child { text-align: left }"
+            ),
             title(made),
             Markup("").join(Markup("<p>{}</p>").format(line) for line in lines(made, (), measured)),
             Markup("").join(
@@ -204,7 +207,7 @@ def grid(made: Made) -> Draw:
         down = alt.Y("table:N", sort=None, title=None, axis=alt.Axis(labelLimit=170))
         depth = alt.Opacity("share:Q", scale=alt.Scale(domain=[0, 1], range=[0.35, 1]), legend=None)
         base = alt.Chart(alt.Data(values=cells)).encode(x=across, y=down, color=colour, opacity=depth, description="tip:N")
-        return base.mark_rect(stroke="#fff").properties(height=max(60, 22 * len(made.work.tables)))
+        return base.mark_rect(stroke="#fff").properties(height=90 + 26 * len(made.work.tables))
 
     return draw
 
@@ -311,7 +314,7 @@ def breakdown(made: Made, measured: Measured | None = None) -> Draw:
             ends = [{"ms": measured.step * 1e3, "placement": "chosen", "tip": f"measured: {measured.step * 1e3:.3g} ms"}]
             tick = alt.Chart(alt.Data(values=ends)).mark_tick(color="var(--ink)", thickness=3, size=26)
             chart = chart + tick.encode(x=alt.X("ms:Q"), y=down, description="tip:N")
-        return chart.properties(height=max(90, 30 * len(shown)))
+        return chart.properties(height=140 + 30 * len(shown))
 
     return draw
 

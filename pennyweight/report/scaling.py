@@ -80,7 +80,7 @@ def _workers(alt: Any) -> Any:
         "workers:Q",
         title="workers",
         scale=alt.Scale(type="log", base=2, nice=False),
-        axis=alt.Axis(values=values, format="~s", grid=False),
+        axis=alt.Axis(values=values, format=",d", grid=False, labelOverlap=True),
     )
 
 

@@ -209,12 +209,18 @@ def test_dense_layers_that_are_cut_hold_less_and_send_examples_for_gradients() -
     assert cut.sent < whole.sent
 
 
-def test_steps_of_an_exchange_are_those_of_the_better_algorithm() -> None:
-    """Two workers: one message each way; many: rounds that grow as the logarithm."""
+def test_sums_take_the_better_algorithm_and_exchanges_a_message_more_for_each() -> None:
     bare = work(batch=4096, dense_bytes=4, flops=0.0, activations=0, calls=0)
     times = {n: Setting(bare, hosts(n), n).predict(Placement(n, replicas=n)).step.sums for n in (2, 4, 64, 1024)}
-    assert times[1024] / times[2] == pytest.approx(math.log2(1024) / 1, rel=0.05)
+    assert times[1024] / times[2] == pytest.approx(math.log2(1024), rel=0.05)
     assert all(a < b for a, b in itertools.pairwise(times.values()))
+    one = dataclasses.replace(TABLE, lookups=1e-9)
+    asked = {
+        n: Setting(bare.replace(tables=(one,)), hosts(n), 1).predict(Placement(n, shards={"t": Shard("table", (0,))})).step.rows
+        for n in (2, 12, 102)
+    }
+    assert asked[12] / asked[2] == pytest.approx(2, rel=0.01)
+    assert asked[102] / asked[2] == pytest.approx(11, rel=0.01)
 
 
 def test_what_cannot_be_costed_is_refused() -> None:
