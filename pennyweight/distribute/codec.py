@@ -42,6 +42,8 @@ class Codec:
             half = _HALF[self.kind]
             top = torch.finfo(half).max
             return numbers.clamp(-top, top).to(half).view(torch.uint8).view(-1, 2)
+        if not len(numbers):
+            return torch.empty(0, BLOCK + 4, dtype=torch.uint8)
         blocks = F.pad(numbers, (0, -len(numbers) % BLOCK)).view(-1, BLOCK)
         scale = blocks.abs().amax(1, keepdim=True) / 127
         ratio = blocks / scale.clamp_min(torch.finfo(torch.float32).tiny)
@@ -50,6 +52,8 @@ class Codec:
 
     def unpack(self, packed: Tensor, n: int) -> Tensor:
         """The ``n`` numbers again, as far as they are kept."""
+        if not n:
+            return torch.empty(0)
         if self.kind == "fp32":
             return packed.reshape(-1).view(torch.float32)
         if self.kind != "int8":
