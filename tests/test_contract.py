@@ -24,6 +24,7 @@ from pennyweight.accelerate.compile import export
 from pennyweight.accelerate.index import SetIndex
 from pennyweight.accelerate.tune import SetRuntime
 from pennyweight.compress.aware import TrainRounded
+from pennyweight.compress.axes import CodeAxes
 from pennyweight.compress.bands import DropFields, DropRows, SplitRows
 from pennyweight.compress.distill import Distill
 from pennyweight.compress.factor import FactorDense
@@ -87,6 +88,7 @@ CASES = (
     Case(Distill(epochs=2), idle=Distill(epochs=0)),
     Case(QuantizeTables(data_type="int4")),
     Case(CodeTables(bits=2)),
+    Case(CodeAxes(rate=1.5)),
     Case(QuantizeDense(data_type="int8")),
     Case(QuantizeDense(data_type="bf16")),
     Case(QuantizeDense(data_type="int3", feedback=True)),

@@ -11,7 +11,7 @@ thirty times in the data; gradients are averaged over a sample, a row's towards 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -24,7 +24,8 @@ from torch import Tensor, nn
 from pennyweight.compress.share import BATCH, BATCHES, lookups
 from pennyweight.core.errors import PlanError
 from pennyweight.data.dataset import Dataset
-from pennyweight.model.spec import Model, call
+from pennyweight.model.spec import Model, call, leaves
+from pennyweight.model.tables import Table
 from pennyweight.model.transform import Env, Transform
 
 _CHUNK = 1 << 20
@@ -56,6 +57,41 @@ def importance(model: Model, env: Env, counts: Mapping[str, Tensor]) -> dict[str
     if not total > 0 or any(counts[path].any() and not seen for path, (_, _, seen) in sums.items()):
         return dict(counts)
     return {path: (counts[path] * mean).mul_(asked / total) for path, (mean, _, _) in sums.items()}
+
+
+def information(model: Model, env: Env, paths: Iterable[str]) -> dict[str, Tensor]:
+    """What a change of what a table answers costs, by path: Fisher's information [dim, dim], a mean over its lookups.
+
+    Half the cost of a small change d of a row is ``d @ information @ d``, in nats where answers are probabilities. A table that
+    no gradient reaches, or that no row looks up, has none and is left out.
+    """
+    data = env.train if env.train is not None else env.calib
+    loss = env.recipe.loss if env.recipe is not None else "bce"
+    known, asked = _INFORMED.setdefault(model, {}), {path: (path, env.seed, loss) for path in paths}
+    missing = [path for path, key in asked.items() if key not in known or known[key][0] is not data]
+    if data is None:
+        return {}
+    if missing:
+        # All tables while the rows pass by: whoever asks for one asks for the others next.
+        every = dict.fromkeys((*missing, *(p for p, m in leaves(model.build(env.allow)) if Table.of(m) is not None)))
+        found = _informed(model, env, tuple(every), data, loss)
+        known |= {(path, env.seed, loss): (data, found.get(path)) for path in every}
+    told = {path: known[key][1] for path, key in asked.items()}
+    return {path: each for path, each in told.items() if each is not None}
+
+
+_INFORMED: WeakKeyDictionary[Model, dict[tuple[str, int, str], tuple[Dataset, Tensor | None]]] = WeakKeyDictionary()
+"""Information by table, seed and loss, with the rows it was seen in: who tries several rates asks again for each."""
+
+
+def _informed(model: Model, env: Env, paths: Sequence[str], data: Dataset, loss: str) -> dict[str, Tensor]:
+    sums: dict[str, tuple[Tensor, int]] = {}
+    for calls in _pulled(model, env, paths, data, loss):
+        for path, _, rows in calls:
+            if rows.grad is not None and len(pulls := rows.grad.flatten(0, -2).double()):
+                total, seen = sums.get(path, (torch.zeros(()), 0))
+                sums[path] = total + pulls.T @ pulls, seen + len(pulls)
+    return {path: total / seen for path, (total, seen) in sums.items() if total.trace() > 0}
 
 
 def counted(model: Model, env: Env, paths: Iterable[str], data: Dataset) -> dict[str, Tensor]:
@@ -113,9 +149,23 @@ def _gradients(model: Model, env: Env, paths: Sequence[str]) -> dict[str, Sums]:
 
 
 def _summed(model: Model, env: Env, paths: Sequence[str], data: Dataset, loss: str) -> dict[str, Sums]:
-    module, generator = model.build(env.allow), torch.Generator().manual_seed(env.seed)
+    module = model.build(env.allow)
     sizes = {path: int(module.get_submodule(path).num_embeddings) for path in paths}  # type: ignore[arg-type]
     sums = {path: (torch.zeros(size), torch.zeros(size)) for path, size in sizes.items()}
+    any_ = False
+    for calls in _pulled(model, env, paths, data, loss):
+        any_ = True
+        for path, ids, rows in calls:
+            if rows.grad is not None:
+                norms = _each(ids, rows.grad.flatten(0, -2).norm(dim=1))
+                sums[path][0].index_add_(0, ids.reshape(-1), norms)
+                sums[path][1].index_add_(0, ids.reshape(-1), torch.ones_like(norms))
+    return {path: _means(*each) for path, each in sums.items()} if any_ else {}
+
+
+def _pulled(model: Model, env: Env, paths: Sequence[str], data: Dataset, loss: str) -> Iterator[list[Call]]:
+    """What tables were asked for and gave, with its gradient, batch by batch of a sample; nothing where none comes through."""
+    module, generator = model.build(env.allow), torch.Generator().manual_seed(env.seed)
     calls = _tapped(module, paths)
     for batch in islice(data.batches(BATCH, shuffle=True, seed=env.seed), BATCHES):
         calls.clear()
@@ -123,14 +173,9 @@ def _summed(model: Model, env: Env, paths: Sequence[str], data: Dataset, loss: s
             with torch.enable_grad():
                 _drawn(call(module, batch, model.spec.inputs), loss, generator).backward()  # type: ignore[no-untyped-call]
         except RuntimeError:  # an operator on the way knows no gradient
-            return {}
-        for path, ids, rows in calls:
-            if rows.grad is not None:
-                norms = _each(ids, rows.grad.flatten(0, -2).norm(dim=1))
-                sums[path][0].index_add_(0, ids.reshape(-1), norms)
-                sums[path][1].index_add_(0, ids.reshape(-1), torch.ones_like(norms))
+            return
+        yield calls
     data.release()
-    return {path: _means(*each) for path, each in sums.items()}
 
 
 def _means(norms: Tensor, seen: Tensor) -> Sums:
@@ -139,9 +184,13 @@ def _means(norms: Tensor, seen: Tensor) -> Sums:
     return norms.add_(total / max(asked, 1)).div_(seen.add_(1)), total, asked
 
 
-def _tapped(module: nn.Module, paths: Iterable[str]) -> list[tuple[str, Tensor, Tensor]]:
-    """A list that grows by what tables are asked for and give: path, ids and rows, which gradients end at."""
-    calls: list[tuple[str, Tensor, Tensor]] = []
+Call = tuple[str, Tensor, Tensor]
+"""A lookup: the table's path, the ids, and the rows, which gradients end at."""
+
+
+def _tapped(module: nn.Module, paths: Iterable[str]) -> list[Call]:
+    """A list that grows by what tables are asked for and give."""
+    calls: list[Call] = []
 
     def tap(path: str) -> Any:
         def keep(table: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor], rows: Tensor) -> Tensor:

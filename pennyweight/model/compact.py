@@ -190,6 +190,40 @@ class Codes(Lookup):
         return F.embedding(at, self.books().flatten(0, 1)).flatten(-2)[..., : self.embedding_dim]
 
 
+class Axes(Lookup):
+    """Rows as places along axes, all of a row's in one run of bits: ``bits`` an axis from ``starts`` on."""
+
+    codes: Tensor
+    levels: Tensor
+    axes: Tensor
+
+    def __init__(
+        self, codes: Tensor, levels: Tensor, axes: Tensor, bits: Sequence[int], starts: Sequence[int], padding: int | None
+    ) -> None:
+        super().__init__(len(codes), axes.shape[1])
+        self.bits, self.starts, self.padding = tuple(bits), tuple(starts), padding
+        self.register_buffer("codes", codes)
+        self.register_buffer("levels", levels)
+        self.register_buffer("axes", axes)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """fp32 rows [..., dim] of ids of any shape."""
+        stream = F.embedding(input, self.codes).float()
+        places, first = [], 0
+        for bits, start in zip(self.bits, self.starts, strict=True):
+            byte, skipped = divmod(start, 8)
+            word = stream[..., byte]
+            if skipped + bits > 8:
+                word = word + 256 * stream[..., byte + 1]
+            # Below 2**16, so quotients and remainders are exact in fp32.
+            place = torch.floor(word / 2**skipped) - 2**bits * torch.floor(word / 2 ** (skipped + bits))
+            places.append(place + first)
+            first += 2**bits
+        levels = F.embedding(torch.stack(places, -1).to(torch.int32), self.levels.unsqueeze(1)).squeeze(-1)
+        rows = levels.float() @ self.axes.float()
+        return rows if self.padding is None else rows * input.ne(self.padding).unsqueeze(-1)
+
+
 class Bag(nn.Module):
     """Bags of equal length joined to one row each, as ``nn.EmbeddingBag`` joins a matrix of ids."""
 

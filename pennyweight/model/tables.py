@@ -1,9 +1,10 @@
 """What an embedding table has become: layout and data type are two independent fields.
 
-*Layout* says which numbers there are: ``full`` (a row per id) or ``codebook`` (product quantization, Jegou et al. 2011:
-a row is ``parts`` codes, each naming one of ``codes`` vectors shared by all rows). *Data type* says how those numbers are
-written: the rows of a full table, or the codebooks of a shared one. Were they one field, quantizing after sharing would do
-nothing and say nothing.
+*Layout* says which numbers there are: ``full`` (a row per id), ``codebook`` (product quantization, Jegou et al. 2011:
+a row is ``parts`` codes, each naming one of ``codes`` vectors shared by all rows) or ``axes`` (transform coding: a row is
+its places along a few axes that the table has, each in as many ``bits`` as that axis is worth). *Data type* says how those
+numbers are written: the rows of a full table, or the codebooks of a shared one. Were they one field, quantizing after sharing
+would do nothing and say nothing.
 
 A code takes the fewest of 1, 2, 4 and 8 bits. With a part for each number, 16 codes are 4-bit rows on levels of the table's
 own, without the scale and bias that a row of int4 carries: 8 bytes at dim 16 where int4 takes 12.
@@ -25,6 +26,8 @@ from __future__ import annotations
 import abc
 import dataclasses
 import math
+from collections.abc import Sequence
+from itertools import accumulate
 from typing import Any, Literal
 
 import torch
@@ -51,7 +54,7 @@ class Table(Layer):
 
     rows: int
     dim: int
-    layout: Literal["full", "codebook"] = "full"
+    layout: Literal["full", "codebook", "axes"] = "full"
     data_type: Literal["fp32", "fp16", "int8", "int4", "int2"] = "fp32"
     parts: int = 0
     """Codebook only: codes a row."""
@@ -63,8 +66,17 @@ class Table(Layer):
     """How a bag of ids is joined; None for one row an id."""
     include_last_offset: bool = False
     """Bags only: as in ``nn.EmbeddingBag``."""
+    bits: tuple[int, ...] = ()
+    """Axes only: of a row's place along each axis, 1 to 8."""
 
     def __post_init__(self) -> None:
+        if (self.layout == "axes") != bool(self.bits):
+            raise ConfigError(f"bits of axes are what layout='axes' has, and only that; got {self.layout} with {self.bits}")
+        if self.layout == "axes":
+            if not all(1 <= b <= 8 for b in self.bits) or len(self.bits) > self.dim or self.parts or self.codes:
+                raise ConfigError(f"a table has at most its dim of axes ({self.dim}), of 1 to 8 bits each, got {self.bits}")
+            if self.data_type != "fp16":
+                raise ConfigError(f"axes and their levels are written in fp16, got {self.data_type}")
         if self.layout == "full" and (self.parts or self.codes):
             raise ConfigError(f"a full table has no parts or codes, got {self.parts} and {self.codes}; layout='codebook' has")
         if self.layout == "codebook":
@@ -87,12 +99,14 @@ class Table(Layer):
     @property
     def code_bytes(self) -> int:
         """Bytes of a row's codes."""
-        return -(-self.parts * self.code_bits // 8)
+        return -(-(sum(self.bits) or self.parts * self.code_bits) // 8)
 
     def build(self) -> nn.Module:
         """The module of this layout and data type."""
         if self.layout == "codebook":
             return CodebookTable(self)
+        if self.layout == "axes":
+            return AxesTable(self)
         if self.data_type == "fp16":
             return HalfTable(self)
         if self.data_type in BITS:
@@ -106,12 +120,16 @@ class Table(Layer):
         """Bytes of codes, rows, scales and codebooks."""
         if self.layout == "full":
             return self.rows * _row_bytes(self.dim, self.data_type)
+        if self.layout == "axes":
+            return self.rows * self.code_bytes + 2 * sum(1 << b for b in self.bits) + 2 * len(self.bits) * self.dim
         numbers, scales = self.parts * self.codes * self.width, 4 * self.parts * self.width
         books = {"fp32": 4 * numbers, "fp16": 2 * numbers, "int8": numbers + scales, "int4": -(-numbers // 2) + scales}
         return self.rows * self.code_bytes + books[self.data_type]
 
     def flops(self) -> int:
         """Operations to look one id up: a multiply and an add a number where rows are dequantized, an add in a bag."""
+        if self.layout == "axes":
+            return (2 * len(self.bits) + bool(self.bag)) * self.dim
         dequantize = 2 * self.dim if self.layout == "full" and self.data_type in BITS else 0
         return dequantize + (self.dim if self.bag else 0)
 
@@ -126,6 +144,25 @@ class Table(Layer):
     def encode_codebook(self, codes: Tensor, codebooks: Tensor) -> dict[str, Tensor]:
         """A codebook table's state from uint8 codes [rows, parts] and fp32 codebooks [parts, codes, width]."""
         return {"codes": self.pack_codes(codes), **self.encode_books(codebooks)}
+
+    def encode_axes(self, places: Tensor, levels: Sequence[Tensor], axes: Tensor) -> dict[str, Tensor]:
+        """The state of a table along axes: of each row the number of its level on each axis, the levels, and the axes.
+
+        Args:
+            places: whole numbers [rows, axes], below ``2**bits`` of their axis.
+            levels: fp32 [2**bits] for each axis.
+            axes: fp32 [axes, dim], by which levels become rows.
+        """
+        stream = torch.zeros(len(places), self.code_bytes + 1, dtype=torch.int32)
+        for axis, at in enumerate(_starts(self.bits)):
+            shifted = places[:, axis].to(torch.int32) << at % 8
+            stream[:, at // 8] |= shifted & 255
+            stream[:, at // 8 + 1] |= shifted >> 8
+        return {
+            "codes": stream[:, :-1].to(torch.uint8),
+            "levels": torch.cat([level.half() for level in levels]),
+            "axes": axes.half(),
+        }
 
     def encode_books(self, codebooks: Tensor) -> dict[str, Tensor]:
         """The part of that state that the codebooks are."""
@@ -216,7 +253,7 @@ class Lookup(Packed):
 
     def plain(self) -> nn.Module:
         """The same table as plain fp32 rows."""
-        module = dataclasses.replace(self.layer, layout="full", data_type="fp32", parts=0, codes=0).build()
+        module = dataclasses.replace(self.layer, layout="full", data_type="fp32", parts=0, codes=0, bits=()).build()
         module.load_state_dict({"weight": self.weight}, assign=True)
         return module.requires_grad_(False).eval()
 
@@ -367,6 +404,50 @@ class CodebookTable(Lookup):
             return super().plain()
         codes, base, books = (part.detach() for part in self.form())
         return Gather(self.layer.unpack_codes(codes), base, books, self.layer.dim).eval()
+
+
+class AxesTable(Lookup):
+    """A row as its places along axes: one run of bits a row, a few levels an axis, and the axes."""
+
+    codes: Tensor
+    levels: Tensor
+    axes: Tensor
+
+    def __init__(self, layer: Table) -> None:
+        super().__init__(layer)
+        self.register_buffer("codes", torch.zeros(layer.rows, layer.code_bytes, dtype=torch.uint8))
+        self.register_buffer("levels", torch.zeros(sum(1 << b for b in layer.bits), dtype=torch.float16))
+        self.register_buffer("axes", torch.zeros(len(layer.bits), layer.dim, dtype=torch.float16))
+
+    def rows(self) -> compact.Lookup:
+        """The bits as they are."""
+        return compact.Axes(self.codes, self.levels, self.axes, self.layer.bits, _starts(self.layer.bits), self.layer.padding)
+
+    def form(self) -> tuple[Tensor, ...]:
+        """Where each axis' bits begin, their mask, its first level, and all levels and axes in fp32."""
+        device, bits = self.codes.device, self.layer.bits
+        starts, masks, base = (
+            _starts(bits),
+            [(1 << b) - 1 for b in bits],
+            list(accumulate([1 << b for b in bits[:-1]], initial=0)),
+        )
+        where = (torch.tensor(each, dtype=torch.int32, device=device) for each in (starts, masks, base))
+        return (*where, self.levels.float(), self.axes.float())
+
+    def look(self, ids: Tensor, form: tuple[Tensor, ...]) -> Tensor:
+        """fp32 rows [n, dim]."""
+        starts, masks, base, levels, axes = form
+        stream = F.pad(F.embedding(ids, self.codes), (0, 1)).to(torch.int32)
+        byte = (starts // 8).long()
+        words = stream[:, byte] | stream[:, byte + 1] << 8  # eight bits lie in two bytes, wherever they begin
+        places = (words >> starts % 8 & masks) + base
+        rows: Tensor = levels[places.long()] @ axes
+        return rows if self.padding_idx is None else rows * ids.ne(self.padding_idx).unsqueeze(1)
+
+
+def _starts(bits: Sequence[int]) -> list[int]:
+    """The first bit of each axis in a row's run of bits."""
+    return list(accumulate(bits[:-1], initial=0))
 
 
 class Gather(nn.Module):

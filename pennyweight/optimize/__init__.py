@@ -12,6 +12,7 @@ from typing import Any
 from pennyweight.accelerate import tune  # noqa: F401
 from pennyweight.compress import (  # noqa: F401
     aware,
+    axes,
     bands,
     distill,
     factor,

@@ -26,6 +26,7 @@ import torch
 from scipy.optimize import Bounds, LinearConstraint, milp
 from torch import Tensor, nn
 
+from pennyweight.compress.axes import CodeAxes
 from pennyweight.compress.bands import DropFields
 from pennyweight.compress.observe import divergence
 from pennyweight.compress.quantize import QuantizeDense, QuantizeTables
@@ -49,8 +50,11 @@ QUERIES = 256
 SMALL = 0.003
 """Share of the bytes below which layers of a kind are one group."""
 
-CODES: tuple[tuple[Literal[2, 4, 8], int], ...] = ((8, 1), (4, 1), (2, 1), (8, 2), (4, 2), (8, 3), (8, 4))
+CODES: tuple[tuple[Literal[2, 4, 8], int], ...] = ((8, 1), (4, 1), (2, 1), (4, 2), (8, 4))
 """Bits of a code, and numbers that it stands for."""
+
+RATES = (0.5, 1.0, 1.5, 2.0, 2.5, 3.0, 4.0)
+"""Bits a number of rows that are written along axes."""
 
 Structure = tuple[Transform, ...]
 
@@ -150,32 +154,58 @@ def menu(
         skip: patterns of paths to leave alone.
         rates: to predict milliseconds with; without them none are.
         candidates: of the request that milliseconds are for.
-        seconds: to spend at most; None is returned where they do not suffice.
+        seconds: to spend at most. What there is no time to look at one by one is one group, as it is or in int8; None is
+            returned where not even the largest was looked at.
     """
     ends = time.monotonic() + seconds
     layers = {p: la for p, la in described(bundle, env.allow).items() if chosen(p, (), skip)}
     sizes = {p: _bytes(bundle.model, p) for p in layers}
     judge = Judge(bundle, env)
-    groups = []
-    for paths in _grouped(layers, sizes):
-        if time.monotonic() > ends:
-            return None
+    groups: list[Group] = []
+    waiting = list(_grouped(layers, sizes))
+    while waiting and time.monotonic() < ends:
+        paths = waiting.pop(0)
         before = Choice((), sum(sizes[p] for p in paths), 0.0, _ms(layers, paths, rates, candidates))
         choices = [before, *_tried(bundle, env, paths, layers, judge, rates, candidates)]
         if len(choices) > 1:
             groups.append(Group(tuple(paths), tuple(_undominated(choices))))
+    if waiting and not groups:
+        return None
+    if waiting:
+        groups += _together([p for paths in waiting for p in paths], bundle, env, layers, sizes, judge)
     whole = sum(t.nbytes for t in bundle.model.state.values())
     return Menu(tuple(groups), whole - sum(sizes[p] for g in groups for p in g.paths))
 
 
+def _together(
+    paths: Sequence[str], bundle: Bundle, env: Env, layers: Mapping[str, Layer], sizes: Mapping[str, int], judge: Judge
+) -> list[Group]:
+    """Layers there was no time for, as one group: as they are, or all in int8."""
+    tables = tuple(p for p in paths if isinstance(layers[p], Table))
+    dense = tuple(p for p in paths if p not in tables)
+    changed, made = bundle, []
+    for transform in (
+        *([QuantizeTables("int8", only=tables)] if tables else []),
+        *([QuantizeDense("int8", only=dense)] if dense else []),
+    ):
+        with contextlib.suppress(PlanError):
+            changed = transform.apply(changed, env)
+            made.append(transform)
+    if not made:
+        return []
+    before = Choice((), sum(sizes[p] for p in paths), 0.0)
+    after = Choice(tuple(made), sum(_bytes(changed.model, p) for p in paths), judge.loss(changed))
+    return [Group(tuple(paths), tuple(_undominated([before, after])))]
+
+
 def _grouped(layers: Mapping[str, Layer], sizes: Mapping[str, int]) -> Iterator[list[str]]:
-    """Tables and layers on their own, and the small ones of a kind together."""
-    limit = SMALL * sum(sizes.values())
+    """Tables and layers on their own, and the small ones of a kind together; the largest first."""
+    limit, groups = SMALL * sum(sizes.values()), []
     for kinds in ((Table,), (Dense, Conv)):
         of_kind = [p for p, la in layers.items() if isinstance(la, kinds)]
-        yield from ([p] for p in of_kind if sizes[p] >= limit)
-        if small := [p for p in of_kind if sizes[p] < limit]:
-            yield small
+        groups += [[p] for p in of_kind if sizes[p] >= limit]
+        groups += [small] if (small := [p for p in of_kind if sizes[p] < limit]) else []
+    yield from sorted(groups, key=lambda paths: -sum(sizes[p] for p in paths))
 
 
 def _options(layer: Layer, paths: tuple[str, ...], rows: bool) -> Iterator[Transform]:
@@ -187,6 +217,8 @@ def _options(layer: Layer, paths: tuple[str, ...], rows: bool) -> Iterator[Trans
             for bits, width in CODES:
                 if width < layer.dim:
                     yield CodeTables(bits, width, "fp16" if width == 1 else "int8", only=paths)
+            for rate in dict.fromkeys(max(1, round(r * layer.dim / 8)) * 8 / layer.dim for r in RATES):
+                yield CodeAxes(min(rate, 8.0), only=paths)
         yield DropFields(None, only=paths)
         return
     for wide in ("fp16", "int8"):

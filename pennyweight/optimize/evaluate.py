@@ -175,6 +175,7 @@ def _part(path: str, layer: Layer, ms: float, often: int) -> Part:
     if isinstance(layer, Table):
         shape = f"{layer.rows}x{layer.dim}"
         form = layer.data_type if layer.layout == "full" else f"{layer.layout} {layer.parts}x{layer.codes} {layer.data_type}"
+        form = f"{len(layer.bits)} axes of {sum(layer.bits)} bits" if layer.layout == "axes" else form
         return Part(path, f"{name} {form} {shape}", layer.bytes(), ms, layer.flops(), often)
     shape = f"{getattr(layer, 'inputs', getattr(layer, 'features', ''))}x{getattr(layer, 'outputs', '')}".rstrip("x")
     kind = f"{name} {getattr(layer, 'data_type', '')} {shape}".replace("  ", " ")
