@@ -7,7 +7,7 @@ EXTRAS := serve,report,onnx,index,keras,bench,test
 ONE := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 .DEFAULT_GOAL := help
 .SUFFIXES:
-.PHONY: help env demo test lint format type docs bench test-browser test-slow gpu-check browser-example image-check clean
+.PHONY: help env demo test lint format type docs bench test-browser test-slow gpu-check browser-example image-check cluster-demo clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z%-]+:.*## /{printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -70,6 +70,9 @@ browser-example: .venv/stamp | runs/demo/best ## build examples/browser/site: di
 
 image-check: .venv/stamp ## run the Dockerfile in a fresh Debian root and ask its service (root, debootstrap, buildah)
 	$(BIN)/python deploy/imagecheck.py $(ARGS)
+
+cluster-demo: .venv/stamp ## two hosts in network namespaces train one model, a worker is killed (root, iproute2)
+	$(BIN)/python deploy/clusterdemo.py $(ARGS)
 
 gpu-check: .venv/stamp ## build, check and time all that needs a GPU; without one, say what is skipped
 	$(BIN)/python -m benchmarks.gpu $(ARGS)
