@@ -420,7 +420,7 @@ def plan(
     with watching(err_console) as (tell, _, _):
         there = _topology(topology, workers, hosts, memory, tell)
         work, spec, columns = _work(source, batch, tables, tuple(allow), there, tell)
-        made = planner.plan(work, there, dense=cut_dense)
+        made = planner.plan(work, there)
         four = formulas.printed(made, int(_size(before)) if before else 0)
         measured = None
         if rehearse:
@@ -476,19 +476,27 @@ def _work(
     from pennyweight.model.bundle import load
     from pennyweight.model.spec import Spec
 
-    update = decode(workload.Update, tables, "--tables")
+    run, bundle = (None, source) if source.is_file() else job.located(source)
+    update: Any = decode(workload.Update, tables or "adagrad", "--tables")
     if source.is_file():
         spec, columns = loads(Spec, _text(source), str(source)), None
         work = workload.count(spec, batch, update, allow)
     else:
-        held = load(job.located(source)[1], mapped=True)
+        held = load(bundle, mapped=True)
         spec, columns = held.model.spec, held.catalog.schema.features if held.catalog is not None else None
         work = workload.of(held, batch, update, allow)
+    if not tables and run is not None and (run / "run.json").is_file():
+        recipe = loads(job.Run, _text(run / "run.json"), str(run / "run.json")).recipe
+        work = work.replace(update=workload.update_of(recipe, sum(t.rows * t.dim for t in work.tables)))
     if there.cpu.model != hardware.processor()[0]:
         return work, spec, columns
     tell("timing a step of the model's dense layers")
     each = max(1, batch // there.world)
-    return work.replace(timed=calibrate.timed(spec, (max(1, each // 4), each), update, allow, columns=columns)), spec, columns
+    return (
+        work.replace(timed=calibrate.timed(spec, (max(1, each // 4), each), work.update, allow, columns=columns)),
+        spec,
+        columns,
+    )
 
 
 def _size(text: str) -> float:
