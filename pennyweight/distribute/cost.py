@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from pennyweight.core.errors import ConfigError
 from pennyweight.core.hardware import Topology
 from pennyweight.distribute.workload import Asked, Layer, Workload
-from pennyweight.model.placement import Placement, Shard
+from pennyweight.model.placement import Cut, Placement, Shard
 
 Floats = NDArray[np.float64]
 
@@ -244,15 +244,21 @@ class Setting:
             received[3, holders] += (self.replicas - 1) * entry
         return Share(held, found, moved, sent, received)
 
-    def dense(self, cut: Sequence[Layer] = ()) -> Share:
+    def dense(self, cuts: Mapping[str, Cut] | None = None) -> Share:
         """What the dense layers add: weights, and their gradients summed over all workers but for those that are cut."""
+        cut = self.wide(cuts)
         inside = sum(layer.bytes for layer in cut)
         whole = self.work.dense_bytes - inside
         g, rows = self.group, self.rows
         summed = 2 * (self.world - 1) / self.world * whole
         summed += 2 * (self.replicas - 1) / self.replicas * inside / g
-        # A cut layer works on the whole group's examples: inputs are gathered, outputs sent home; the same on the way back.
-        gathered = sum(rows * NUMBER * (layer.inputs * (g - 1) + layer.outputs * (g - 1) / g) for layer in cut)
+        # By outputs: inputs of all rows are gathered, outputs dealt home. By inputs: those are dealt, sums of outputs added up.
+        gathered = 0.0
+        for layer in cut:
+            everywhere, dealt = layer.inputs, layer.outputs
+            if (cuts or {})[layer.path] == "row":
+                everywhere, dealt = dealt, everywhere
+            gathered += rows * NUMBER * (g - 1) * (everywhere + dealt / g)
         sent = np.zeros((4, g))
         sent[3] = summed
         sent[1] = sent[2] = gathered
@@ -264,6 +270,10 @@ class Setting:
         """Bytes each worker holds at the most while it does ``total``: weights, activations, and the largest exchange."""
         buffers: Floats = np.maximum(total.sent.max(0), total.received.max(0))
         return total.held + KEPT * self.work.activations * self.rows + buffers
+
+    def wide(self, cuts: Mapping[str, Cut] | None) -> list[Layer]:
+        """The layers that are cut."""
+        return [layer for layer in self.work.layers if layer.path in (cuts or {})]
 
     # -- seconds -------------------------------------------------------------------------------------------------------------
 
@@ -332,8 +342,8 @@ class Setting:
         known = {t.path for t in self.work.tables}
         if unknown := [p for p in placement.shards if p not in known]:
             raise ConfigError(f"the placement names {', '.join(unknown)}, which {self.work.name} does not have; plan it again")
-        cut = [layer for layer in self.work.layers if layer.path in placement.dense]
-        dense = self.dense(cut)
+        dense = self.dense(placement.dense)
+        cut = self.wide(placement.dense)
         if total is None:
             total = dense
             for table in self.work.tables:

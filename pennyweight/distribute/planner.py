@@ -71,14 +71,13 @@ class Made:
     why: tuple[str, ...]
 
 
-def plan(work: Workload, topology: Topology, *, reserve: float = 0.1, dense: bool = False) -> Made:
+def plan(work: Workload, topology: Topology, *, reserve: float = 0.1) -> Made:
     """The placement that fits, takes the least time, and then the least money.
 
     Args:
         work: what a step asks (``workload.of``).
         topology: the workers, measured (``calibrate.measured``).
         reserve: share of each worker's memory that is left free.
-        dense: whether wide dense layers may be cut too.
 
     Raises:
         PlanError: nothing fits; the message says by how much, and names four ways out with their numbers.
@@ -87,7 +86,7 @@ def plan(work: Workload, topology: Topology, *, reserve: float = 0.1, dense: boo
         raise ConfigError(f"a batch of {work.batch} rows over {topology.world} workers; give at least a row each")
     found, tried, every = [], 0, True
     for replicas in divisors(topology):
-        search = Search(Setting(work, topology, replicas, reserve), dense=dense)
+        search = Search(Setting(work, topology, replicas, reserve))
         found.append(search.best())
         tried, every = tried + search.tried, every and search.every
     fitting = [p for p in found if p.fits]

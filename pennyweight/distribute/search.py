@@ -61,11 +61,10 @@ class Search:
     Args:
         setting: the workload on the topology, for one size of group.
         small: placements up to which all are costed.
-        dense: whether wide dense layers may be cut.
     """
 
-    def __init__(self, setting: Setting, small: int = SMALL, dense: bool = False) -> None:
-        self.setting, self.dense = setting, dense
+    def __init__(self, setting: Setting, small: int = SMALL) -> None:
+        self.setting = setting
         self.tried = 0
         self._tables = {t.path: t for t in setting.work.tables}
         self._lists = [every_choice(t, setting.group, setting.work.narrow) for t in setting.work.tables]
@@ -176,9 +175,9 @@ class Search:
     def _with_cuts(self, made: Mapping[str, Shard | None]) -> Predicted:
         """The prediction, with those wide dense layers cut that shorten the step or make it fit, the widest first."""
         shards = {path: shard for path, shard in sorted(made.items()) if shard is not None}
-        best = self._predict(shards, {})
+        best, group = self._predict(shards, {}), self.setting.group
         wide = [
-            la for la in self.setting.work.layers if la.inputs * la.outputs >= WIDE and self.dense and self.setting.group > 1
+            la for la in self.setting.work.layers if la.inputs * la.outputs >= WIDE and la.outputs + la.inputs >= 2 * group > 2
         ]
         for layer in sorted(wide, key=lambda la: (-la.bytes, la.path)):
             cut: Cut = "column" if layer.outputs >= layer.inputs else "row"

@@ -14,7 +14,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -24,9 +24,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from pennyweight.core.config import decode
 from pennyweight.core.errors import ConfigError
 from pennyweight.data.schema import Column
+from pennyweight.model import sparse
 from pennyweight.model.bundle import Bundle
 from pennyweight.model.spec import Batch, Spec, build, call, leaves
 from pennyweight.model.tables import Table
+from pennyweight.model.train import Recipe
 
 Update = Literal["dense", "adagrad", "lazy-adam", "sgd"]
 """How tables are trained (``Recipe.tables``)."""
@@ -209,6 +211,15 @@ def count(
         norms=sum(isinstance(m, _BatchNorm) for m in module.modules()),
         update=update,
     )
+
+
+def update_of(recipe: Recipe, numbers: int) -> Update:
+    """How a recipe trains tables of so many numbers together; ``auto`` resolved as the training does."""
+    if recipe.tables != "auto":
+        return recipe.tables
+    if numbers < sparse.LARGE:
+        return "dense"
+    return "lazy-adam" if recipe.optimizer.startswith("adam") else cast(Update, recipe.optimizer)
 
 
 def columns_of(spec: Spec, columns: Sequence[Column] | None = None) -> tuple[Column, ...]:
