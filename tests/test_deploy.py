@@ -21,6 +21,7 @@ import pennyweight
 from pennyweight.cli import app
 from pennyweight.data.events import Event
 from pennyweight.data.valkey import DURABLE, ValkeyLog
+from pennyweight.model.bundle import Policy
 from pennyweight.serve.app import ROUTES, STOP_S
 from pennyweight.serve.metrics import Metrics
 
@@ -198,7 +199,7 @@ def test_prometheus_scrapes_the_service() -> None:
 
 
 def test_queries_of_the_docs_name_metrics_there_are() -> None:
-    metrics = Metrics(lambda: 0)
+    metrics = Metrics(Policy())
     metrics.answered("/recommend", 200, 0.001)
     there = set(re.findall(r"^(pennyweight_\w+)", metrics.text().decode(), re.MULTILINE))
     asked = set(re.findall(r"pennyweight_\w+(?=[{\[])", (ROOT / "docs" / "deploy.md").read_text()))

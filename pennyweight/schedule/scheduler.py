@@ -40,6 +40,8 @@ LESSONS = 32
 """Batches after which curves learn even if nobody calls ``learn``."""
 WILD = 3.0
 """Safety factor above which times are not predictable: allowing for more would refuse all; the guard is for those."""
+CALM = 0.1
+"""Share of its time within twice of which an answer is no sign of trouble, however little was predicted."""
 RETRY_S = 1.0
 """Seconds after which one request is let in to try what predictions say is hopeless, while nothing else is there."""
 
@@ -692,7 +694,7 @@ class Scheduler:
             if len(ticket.pieces) == 1 or ticket.answered:
                 answered.append(ticket)
                 self.inside -= 1
-                promised = batch.start + batch.expected - ticket.arrived
+                promised = max(batch.start + batch.expected - ticket.arrived, CALM * ticket.span)
                 self.guard.answered(promised, now - ticket.arrived, self.inside)
         return answered
 

@@ -30,6 +30,8 @@ RUN = struct.Struct("<BxxxIIIQQ")
 RAN = struct.Struct("<BxxxId")
 """A batch that was run: ``G``; its number; seconds it took here."""
 GO = ord("G")
+GENTLE = 10
+"""Niceness of a loader that lets others go first: a tenth of a busy core; 19 gets so little that it may never be ready."""
 
 
 class Start(msgspec.Struct, tag=True):
@@ -117,7 +119,7 @@ class _Child:
     def _load(self, start: Start) -> None:
         if start.gentle:
             with contextlib.suppress(OSError, AttributeError):
-                os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)  # of this thread alone, on Linux
+                os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), GENTLE)  # of this thread alone, on Linux
         try:
             logging.basicConfig(level=logging.WARNING, format="%(name)s: %(message)s")
             import torch

@@ -313,7 +313,7 @@ class Pool:
             if member.state == "spare" and member.edition is self.edition and self._count("serving") < self._wanted:
                 self._join(member)
         for _ in range(self._wanted + self._spares - self._count("serving", "spare", "loading")):
-            member = self._spawn(self.edition, gentle=self._count("serving") > 0)
+            member = self._spawn(self.edition, gentle=self._count("serving") >= self._wanted)
             self._do(self._welcome(member))
         self._desk.pump()
 
