@@ -44,6 +44,8 @@ BITS = {"int8": 8, "int4": 4, "int2": 2}
 _NAMES = {8: "embedding_bag_byte", 4: "embedding_bag_4bit", 2: "embedding_bag_2bit"}
 SMALL = 1 << 18
 """Numbers up to which a table is executed from fp32 rows made once after loading."""
+HELD = 1 << 22
+"""The same for a table along axes, whose rows cost a product each to make: 16 MiB."""
 _CHUNK = 1 << 16
 
 
@@ -225,8 +227,11 @@ class Lookup(Packed):
 
     def prepare(self) -> tuple[Tensor | None, Any]:
         """Plain rows if the table is small, and the form to look up from if it is not."""
-        small = self.layer.rows * self.layer.dim <= SMALL
-        return (self.weight, None) if small else (None, self.form())
+        return (self.weight, None) if self.layer.rows * self.layer.dim <= self.most() else (None, self.form())
+
+    def most(self) -> int:
+        """Numbers up to which plain rows are made once."""
+        return SMALL
 
     def forward(self, input: Tensor, offsets: Tensor | None = None, per_sample_weights: Tensor | None = None) -> Tensor:
         """Rows [..., dim] of ids of any shape; with ``bag``, joined rows [bags, dim] as ``nn.EmbeddingBag`` joins them."""
@@ -418,6 +423,10 @@ class AxesTable(Lookup):
         self.register_buffer("codes", torch.zeros(layer.rows, layer.code_bytes, dtype=torch.uint8))
         self.register_buffer("levels", torch.zeros(sum(1 << b for b in layer.bits), dtype=torch.float16))
         self.register_buffer("axes", torch.zeros(len(layer.bits), layer.dim, dtype=torch.float16))
+
+    def most(self) -> int:
+        """More than for others, as rows cost more to make."""
+        return HELD
 
     def rows(self) -> compact.Lookup:
         """The bits as they are."""

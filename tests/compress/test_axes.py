@@ -154,7 +154,7 @@ def test_bags_and_large_tables_are_looked_up_from_their_bits(monkeypatch: pytest
     coded = CodeAxes(3.0).apply(before, Env(allow=ALLOW))
     ids = torch.randint(0, ROWS, (6, 3))
     small = coded.model.build(ALLOW)(ids)
-    monkeypatch.setattr("pennyweight.model.tables.SMALL", 0)
+    monkeypatch.setattr("pennyweight.model.tables.HELD", 0)
     torch.testing.assert_close(coded.model.build(ALLOW)(ids), small)
     rows = coded.model.build(ALLOW).get_submodule("users").weight
     whole = before.model.state["users.weight"]
