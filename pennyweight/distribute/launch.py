@@ -142,9 +142,12 @@ def train(
     here = place(hosts)
     folder.mkdir(parents=True, exist_ok=True)
     if here == 0:
-        for old in ("error.json", "stop", "progress.jsonl", "tries.json"):
-            (folder / old).unlink(missing_ok=True)
+        old = [folder / name for name in ("error.json", "stop", "progress.jsonl", "tries.json")]
+        for file in (*old, *folder.glob("rank-*.pid")):
+            file.unlink(missing_ok=True)
         shutil.rmtree(folder / "fitted", ignore_errors=True)
+        if not checkpoint.newest(folder / "checkpoint"):
+            shutil.rmtree(folder / "best", ignore_errors=True)
     launch = elastic_launch(_config(job, many, here), worker.main)
     with concurrent.futures.ThreadPoolExecutor(1) as thread, _quiet():
         running = thread.submit(launch, str(folder), dumps(job))
@@ -243,7 +246,7 @@ def _interface(address: str) -> str:
 
 
 def _follow(running: concurrent.futures.Future[Any], folder: Path, watch: Callable[[Progress | EpochLog], None]) -> None:
-    """Tell what the workers tell, until they are done; Ctrl-C asks them to stop at one step, once."""
+    """Tell what the workers tell, until they are done; Ctrl-C asks them to stop at one step, a second one kills them."""
     place = 0
 
     def tell() -> int:
@@ -263,8 +266,19 @@ def _follow(running: concurrent.futures.Future[Any], folder: Path, watch: Callab
             place = tell()
             time.sleep(0.05)
         except KeyboardInterrupt:
+            if (folder / "stop").exists():
+                _end(folder)
+                raise
             (folder / "stop").touch()
     tell()
+
+
+def _end(folder: Path) -> None:
+    """Kill the workers here; those that are started again see that it is over."""
+    worker.tell(folder, DeviceError("ended by a second Ctrl-C"))
+    for file in folder.glob("rank-*.pid"):
+        with contextlib.suppress(OSError, ValueError):
+            os.kill(int(file.read_text()), signal.SIGKILL)
 
 
 def _said(error: BaseException, job: Job, hosts: Sequence[Host]) -> Exception:
@@ -284,7 +298,11 @@ def _said(error: BaseException, job: Job, hosts: Sequence[Host]) -> Exception:
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """The agent logs what is told here in a line."""
-    loggers = [logging.getLogger(name) for name in logging.root.manager.loggerDict if name.startswith("torch.distributed")]
+    loggers = [
+        logging.getLogger(name)
+        for name in logging.root.manager.loggerDict
+        if name.startswith(("torch.distributed", "torch.multiprocessing"))
+    ]
     before = [each.level for each in loggers]
     for each in loggers:
         each.setLevel(logging.CRITICAL)

@@ -138,11 +138,21 @@ class Wire:
         self.sent[what] += bytes
 
     def _lost(self, error: RuntimeError) -> Lost:
-        said = str(error).splitlines()[0][:200]
-        if "imed out" in said or "imeout" in said:
-            wait = f"{self.timeout.total_seconds():g} s"
-            return Lost(f"no answer from another worker within {wait} (--timeout): it stands still or is lost ({said})")
-        return Lost(f"another worker is gone ({said})")
+        return lost(error, self.timeout.total_seconds())
+
+
+def lost(error: RuntimeError, wait_s: float) -> Lost:
+    """What an error of a collective means."""
+    said = str(error).splitlines()[0][:200]
+    if "imed out" in said or "imeout" in said:
+        return Lost(f"no answer from another worker within {wait_s:g} s (--timeout): it stands still or is lost ({said})")
+    return Lost(f"another worker is gone ({said})")
+
+
+def between(error: BaseException) -> bool:
+    """Whether an error is one of what goes between workers, and not of what one of them does."""
+    words = ("gloo", "onnection", "imed out", "imeout", "roken pipe", "ocket", "TCPStore")
+    return isinstance(error, (dist.DistError, RuntimeError)) and any(word in str(error) for word in words)
 
 
 def _row(tensor: Tensor) -> int:

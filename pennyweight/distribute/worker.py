@@ -26,6 +26,7 @@ import os
 import signal
 import threading
 import time
+import traceback
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -41,7 +42,7 @@ from pennyweight.distribute import checkpoint, ways
 from pennyweight.distribute.blocks import built
 from pennyweight.distribute.codec import Kind
 from pennyweight.distribute.crew import Crew
-from pennyweight.distribute.wire import Lost
+from pennyweight.distribute.wire import Lost, between
 from pennyweight.model import bundle, train  # noqa: F401  (bundle registers the layers a spec may name)
 from pennyweight.model.placement import Placement
 from pennyweight.model.spec import Spec
@@ -91,28 +92,36 @@ def main(folder: str, job: str) -> None:
         return
     try:
         _work(home, loads(Job, job, "job"))
-    except (PennyweightError, RuntimeError, MemoryError) as error:
-        if not isinstance(error, PennyweightError):
-            if not memory.short(error):
-                raise
-            rank, told = os.environ.get("RANK", "?"), str(error).splitlines()[0][:200]
-            error = DeviceError(
-                f"worker {rank} has no memory left ({told}); take more workers, a smaller batch, or compress tables"
-            )
-        if not isinstance(error, Lost):
-            _tell(home, error)
+    except Exception as error:
+        final = _final(error)
+        if final is not None:
+            tell(home, final)
         os._exit(1)  # not by the usual way, on which others would be waited for
+
+
+def _final(error: Exception) -> PennyweightError | None:
+    """What to tell of an error that another try would meet again; None of one that it would not."""
+    if isinstance(error, PennyweightError):
+        return None if isinstance(error, Lost) else error
+    if between(error):
+        return None
+    who, said = f"worker {os.environ.get('RANK', '?')}", (str(error).splitlines() or [""])[0][:200]
+    if memory.short(error):
+        return DeviceError(f"{who} has no memory left ({said}); take more workers, a smaller batch, or compress tables")
+    traceback.print_exception(error)
+    return DeviceError(f"{who} ended with {type(error).__name__}: {said}; this is a fault of ours or of the model's code")
 
 
 def _work(home: Path, job: Job) -> None:
     wait = datetime.timedelta(seconds=job.timeout_s)
     torch.set_num_threads(job.threads or max(1, hardware.limits()[0] // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+    rank = int(os.environ["RANK"])
+    write(home / f"rank-{rank}.pid", str(os.getpid()))
+    _tried(home, rank)
     try:
         dist.init_process_group("gloo", timeout=wait)
     except (RuntimeError, dist.DistError) as error:
         raise Lost(f"the other workers were not met within {job.timeout_s:g} s (--timeout): {error}") from error
-    write(home / f"rank-{dist.get_rank()}.pid", str(os.getpid()))
-    _tried(home, dist.get_rank())
     data = Dataset.open(job.data)
     parts = data.split(job.split, job.fractions, job.seed)
     _same(job, data)
@@ -222,7 +231,7 @@ def _stopping(home: Path) -> Iterator[None]:
         thread.join()
 
 
-def _tell(home: Path, error: PennyweightError) -> None:
+def tell(home: Path, error: PennyweightError) -> None:
     """Leave a final error for the launcher, if nobody has."""
     told = {"error": type(error).__name__, "message": str(error), "time": time.time()}
     part = home / f"error.{os.getpid()}"

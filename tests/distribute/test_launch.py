@@ -134,9 +134,11 @@ def signalled(home: Path, rank: int, number: int) -> Callable[[], None]:
     return lambda: os.kill(int((home / f"rank-{rank}.pid").read_text()), number)
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "stalled"])
-def test_a_lost_worker_costs_no_sample(number: int, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    spec, many = model("deepfm", folder), Many(2, "row", every=5, timeout_s=8)
+@pytest.mark.parametrize(("number", "wait"), [(signal.SIGKILL, 60.0), (signal.SIGSTOP, 20.0)], ids=["killed", "stalled"])
+def test_a_lost_worker_costs_no_sample(
+    number: int, wait: float, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec, many = model("deepfm", folder), Many(2, "row", every=5, timeout_s=wait)
     heard = Heard(at(2, 8, signalled(tmp_path, 1, number)))
     same(alone(spec, folder, LONGER, monkeypatch), together(spec, folder, LONGER, tmp_path, many, heard))
     starts = (tmp_path / "tries.json").read_text()
