@@ -130,9 +130,12 @@ def train(
     hosts: Annotated[
         Path | None, typer.Option(help="File with a host a line, ADDRESS[:PORT] [WORKERS]; give the same command on each.")
     ] = None,
+    least: Annotated[int, typer.Option(help="Hosts that are enough to begin and to go on; all by default.")] = 0,
     every: Annotated[int, typer.Option(help="Steps between workers' checkpoints; a minute by default.")] = 0,
     timeout: Annotated[float, typer.Option(help="Seconds that a worker or host which does not answer is waited for.")] = 60.0,
     memory: Annotated[str, typer.Option(help="Memory that each worker may take, as 2GB; the system enforces it.")] = "",
+    traffic: Annotated[str, typer.Option(help="Numbers on their way between workers: fp32, fp16, bf16 or int8.")] = "fp32",
+    balance: Annotated[bool, typer.Option("--balance", help="Slow workers get fewer rows of each batch.")] = False,
     seed: Seed = 0,
 ) -> None:
     """Train a model and leave a run folder. Stopped and started again, it goes on where it was.
@@ -154,7 +157,8 @@ def train(
     recipe = decode(Recipe, settings, "train")
     given = loads(dict, args, "--args") if ":" in model else _model_args(model, dim, hidden, dropout)
     fed = tuple(c for c in inputs.split(",") if c)
-    many = _many(workers, placement, replicas, hosts, every, timeout, memory)
+    looked_after = {"least": least, "every": every, "timeout_s": timeout, "traffic": traffic, "balance": balance}
+    many = _many(workers, placement, replicas, hosts, memory, looked_after) if workers or hosts else None
     with watching(err_console) as (tell, watch, _):
         dataset, how, fractions = _dataset(data, column, out / "data")
         tell(f"{len(dataset):,} rows; training {model}")
@@ -171,19 +175,21 @@ def train(
 
 
 def _many(
-    workers: int, placement: str, replicas: int, hosts: Path | None, every: int, timeout: float, memory: str
-) -> launch.Many | None:
-    """Who trains: this process where neither workers nor hosts are named."""
-    if not workers and hosts is None:
-        return None
+    workers: int, placement: str, replicas: int, hosts: Path | None, memory: str, looked_after: dict[str, Any]
+) -> launch.Many:
+    """The workers that the options of ``train`` describe."""
     from pennyweight.distribute import launch
     from pennyweight.model.placement import Placement
 
     file = Path(placement)
-    cut = loads(Placement, _text(file), placement) if file.suffix == ".json" else placement
-    named = () if hosts is None else launch.read_hosts(hosts)
-    limit = budgets.parse(f"memory <= {memory}").memory_bytes or 0 if memory else 0
-    return launch.Many(max(1, workers), cut, replicas, named, every, timeout, int(limit))
+    given = looked_after | {
+        "workers": workers or 1,
+        "placement": loads(Placement, _text(file), placement) if file.suffix == ".json" else placement,
+        "replicas": replicas,
+        "hosts": () if hosts is None else launch.read_hosts(hosts),
+        "memory_bytes": int(budgets.parse(f"memory <= {memory}").memory_bytes or 0) if memory else 0,
+    }
+    return decode(launch.Many, given, "train")
 
 
 @app.command()
