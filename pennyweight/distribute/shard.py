@@ -107,7 +107,7 @@ def held(module: nn.Module, placement: Placement, rank: int) -> list[Held]:
     """The tables of a module as a placement cuts them, seen from a rank of a group.
 
     Raises:
-        ConfigError: the placement names a table that is not there, or a dense layer.
+        ConfigError: the placement names a table that is not there, or one that cannot be cut.
     """
     paths = {id(m): path for path, m in module.named_modules()}
     found = [Held(paths[id(t)], t, placement.shards.get(paths[id(t)]), rank) for t in sparse.trained(module)]
@@ -179,11 +179,11 @@ class Cut:
     def gather(self) -> Iterator[Tensor]:
         """Bring the gradients of a batch to who holds the rows; they are summed by row, a table at a time."""
         parted = [h for h in self.held if h.fetched is not None]
-        used = [h for h in self.held if h.shard is None and h.stash]
+        used = [h for h in self.held if h.shard is None and (h.stash or h.module.weight.grad is not None)]
         found = self._pushed(parted)
         if self.across.size > 1:
             found = _spread(parted, found, self.across)
-        found += _spread(used, [h.summed() for h in used], self.world)
+        found += [self._read(h, f) for h, f in zip(used, _spread(used, [h.summed() for h in used], self.world), strict=True)]
         for each, touched in zip([*parted, *used], found, strict=True):
             each.fetched, each.touched = None, touched
             if self.kind == "dense":
@@ -191,6 +191,14 @@ class Cut:
             else:
                 self.matrices[each.path].touched = touched
             yield touched[1]
+
+    def _read(self, each: Held, found: Found) -> Found:
+        """The sums of a whole table's rows, and what reading its weight as a matrix adds to all of them."""
+        gradient = each.module.weight.grad
+        if gradient is None:
+            return found
+        self.world.sum(gradient, "gradients")
+        return torch.arange(len(gradient)), gradient.index_add(0, *found)
 
     @torch.no_grad()
     def step(self, lr: float, scale: float = 1.0) -> None:
