@@ -30,12 +30,10 @@ Floats = NDArray[np.float64]
 
 ID, NUMBER = 4, 4
 """Bytes on the wire of an id and of a number."""
-ASKS = 2
-"""Ids go to the holder twice: to ask for rows, and with their gradients."""
 BUCKET = 1 << 20
 """Bytes of dense gradients that are summed at once (``reduce.BUCKET``)."""
-ROUNDS: Mapping[str, int] = {"ids": 4, "rows": 1, "gradients": 1}
-"""Exchanges inside a group in a step: counts and ids on both ways, rows, gradients."""
+ROUNDS: Mapping[str, int] = {"ids": 2, "rows": 1, "gradients": 1}
+"""Exchanges inside a group in a step: counts and ids, rows, gradients (whose ids the holder still knows)."""
 SPREAD = 3
 """Exchanges for what several workers hold alike: counts, ids, gradients."""
 MESSAGE = 0.1
@@ -223,7 +221,7 @@ class Setting:
         others = self.group - 1
         holders = list(shard.ranks)
         part = rows / down  # of a worker's distinct rows, those in one block
-        ask = ASKS * part * ID
+        ask = part * ID
         give = part * wide / across
         sent[0] += across * down * ask
         received[1] += across * down * give

@@ -112,12 +112,12 @@ def test_what_is_sent_is_received_and_what_is_held_is_the_table(shard: Shard) ->
 
 
 def test_bytes_of_an_owner_are_those_of_the_protocol() -> None:
-    """Distinct ids twice (to ask, and with gradients), rows once each way; nothing to oneself."""
+    """Distinct ids once, their rows once each way; nothing to oneself."""
     setting = Setting(work(TABLE), hosts(), 1)
     distinct = TABLE.distinct(100)
     share = setting.table(TABLE, Shard("table", (1,)))
     ids, rows, gradients, sums = share.sent
-    assert ids == pytest.approx([2 * distinct * ID, 0, 2 * distinct * ID, 2 * distinct * ID])
+    assert ids == pytest.approx([distinct * ID, 0, distinct * ID, distinct * ID])
     assert rows == pytest.approx([0, 3 * distinct * 16 * NUMBER, 0, 0])
     assert gradients == pytest.approx([distinct * 16 * NUMBER, 0, *[distinct * 16 * NUMBER] * 2])
     assert not sums.any()
