@@ -24,7 +24,7 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks import harness
+from benchmarks import harness, planning
 from benchmarks.harness import Options, Row
 from pennyweight.core.errors import DeviceError
 from pennyweight.data.dataset import Dataset
@@ -335,7 +335,7 @@ def weak(options: Options) -> list[Row]:
 
 
 def rows() -> Iterator[tuple[str, harness.Measure]]:
-    """All rows of training; the planner's are measured by others."""
+    """All rows of training, then those about plans (``benchmarks.planning``)."""
     for name in (*MODELS, "sasrec"):
         yield f"exactness/{name}", exactness(name)
     yield "bytes", bytes_sent
@@ -345,9 +345,10 @@ def rows() -> Iterator[tuple[str, harness.Measure]]:
     yield "memory", memory
     yield "faults", faults
     yield "weak-scaling", weak
+    yield from planning.rows()
 
 
 ROWS: Mapping[str, harness.Measure] = dict(rows())
 
 if __name__ == "__main__":
-    harness.run("distribute", ROWS, timed=False)
+    harness.run("distribute", ROWS, timed=False, parents=[planning.PARSER])

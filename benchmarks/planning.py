@@ -14,6 +14,7 @@ models and batch differ: the direction is compared, no figure.
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import json
 import math
@@ -26,7 +27,9 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.harness import Options, Row
+from pennyweight.core import measure
 from pennyweight.core.config import write
+from pennyweight.core.errors import DeviceError
 from pennyweight.core.hardware import Device, Link, Rates, Topology
 from pennyweight.data.schema import Column
 from pennyweight.distribute import calibrate, planner, scale, workload
@@ -313,7 +316,27 @@ def published(work: Workload, sizes: Sequence[int]) -> list[Row]:
     return made
 
 
-def rows(venvs: Callable[[], Path | None]) -> Iterator[tuple[str, Callable[[Options], list[Row]]]]:
-    """What ``benchmarks.distribute`` measures about plans; ``venvs`` names the folder of the peers' environments."""
-    yield "planner", lambda options: planner_rows(options, venvs())
-    yield "scale", scale_rows
+PARSER = argparse.ArgumentParser(add_help=False)
+PARSER.add_argument("--venvs", type=Path, help="folder of the peers' environments (benchmarks/peers/setup.sh makes them)")
+
+
+def timed(rows: Callable[[Options], list[Row]]) -> Callable[[Options], list[Row]]:
+    """Rows that hold on a quiet machine only, in a file whose others hold on any."""
+
+    def measured(options: Options) -> list[Row]:
+        if options.quick:
+            return rows(options)
+        measure.quiet()
+        with measure.Foreign() as others:
+            made = rows(options)
+        if others.share > measure.LOUD:
+            raise DeviceError(f"others used {others.share:.0%} of the processor meanwhile; nothing was written, run it again")
+        return made
+
+    return measured
+
+
+def rows() -> Iterator[tuple[str, Callable[[Options], list[Row]]]]:
+    """What ``benchmarks.distribute`` measures about plans."""
+    yield "planner", timed(lambda options: planner_rows(options, PARSER.parse_known_args()[0].venvs))
+    yield "scale", timed(scale_rows)

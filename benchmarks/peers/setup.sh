@@ -16,14 +16,26 @@ packages() {
     rechub) echo torch==2.13.0 torch-rechub==0.9.0 ;;
     fuxictr) echo torch==2.13.0 fuxictr==2.3.10 ;;
     recbole) echo torch==2.13.0 recbole==1.2.1 numpy==1.26.4 "pandas<2.3" "scipy<1.14" "setuptools<81" ;;
-    *) echo "no peer $1; there are: onnxruntime openvino torch neural keras rechub fuxictr recbole" >&2; exit 1 ;;
+    torchrec) echo torch==2.13.0 numpy==2.4.6 tqdm ;;
+    *) echo "no peer $1; there are: onnxruntime openvino torch neural keras rechub fuxictr recbole torchrec" >&2; exit 1 ;;
   esac
 }
 
-for peer in ${@:-onnxruntime openvino torch neural keras rechub fuxictr recbole}; do
+# What goes in without what its metadata asks for: TorchRec's names FBGEMM's CUDA build.
+alone() {
+  case $1 in
+    torchrec)
+      echo torchrec==1.8.0 fbgemm-gpu-cpu==1.8.0 torchmetrics==1.0.3 lightning-utilities iopath tensordict pyvers orjson \
+        pyre-extensions typing_inspect mypy_extensions ;;
+  esac
+}
+
+for peer in ${@:-onnxruntime openvino torch neural keras rechub fuxictr recbole torchrec}; do
   wanted=$(packages "$peer")
   [ -d "$folder/$peer" ] || "$python" -m venv "$folder/$peer"
   # shellcheck disable=SC2086  # several packages
   "$folder/$peer/bin/python" -m pip install --quiet $wanted
-  echo "$peer: $wanted"
+  # shellcheck disable=SC2046
+  [ -z "$(alone "$peer")" ] || "$folder/$peer/bin/python" -m pip install --quiet --no-deps $(alone "$peer")
+  echo "$peer: $wanted $(alone "$peer")"
 done
