@@ -16,7 +16,7 @@ packages() {
     rechub) echo torch==2.13.0 torch-rechub==0.9.0 ;;
     fuxictr) echo torch==2.13.0 fuxictr==2.3.10 ;;
     recbole) echo torch==2.13.0 recbole==1.2.1 numpy==1.26.4 "pandas<2.3" "scipy<1.14" "setuptools<81" ;;
-    torchrec) echo torch==2.13.0 numpy==2.4.6 tqdm ;;
+    torchrec) echo torch==2.13.0 numpy==2.4.6 cloudpickle packaging pyyaml tqdm ;;
     *) echo "no peer $1; there are: onnxruntime openvino torch neural keras rechub fuxictr recbole torchrec" >&2; exit 1 ;;
   esac
 }
