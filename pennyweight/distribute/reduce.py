@@ -27,7 +27,7 @@ class Buckets:
         self.wire = wire
         self.buckets = [_Bucket(group) for group in _groups(params)]
         self.of = {id(p): bucket for bucket in self.buckets for p in bucket.params}
-        self.hooks = [p.register_post_accumulate_grad_hook(self._came) for p in params]
+        self.hooks = [p.register_post_accumulate_grad_hook(self._came) for p in params]  # type: ignore[no-untyped-call]
         self.works: list[dist.Work] = []
 
     def begin(self) -> None:
@@ -81,7 +81,7 @@ class _Bucket:
                 p.grad.copy_(place.view(p.shape))
 
     def _places(self) -> Sequence[Tensor]:
-        return self.flat.split([p.numel() for p in self.params])
+        return torch.split(self.flat, [p.numel() for p in self.params])
 
 
 def _groups(params: Sequence[nn.Parameter]) -> list[list[nn.Parameter]]:

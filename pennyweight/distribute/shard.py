@@ -167,7 +167,7 @@ class Cut:
     @property
     def parameters(self) -> list[nn.Parameter]:
         """The weights that are trained here and not by an optimizer."""
-        return [] if self.kind == "dense" else [h.module.weight for h in self.held]
+        return [] if self.kind == "dense" else [h.module.get_parameter("weight") for h in self.held]
 
     def clear(self) -> None:
         """Forget the gradients and the rows of a batch."""
@@ -273,7 +273,7 @@ class Cut:
                 apart.setdefault(each.path, []).append(ids)
         wanted = [h for h in dict.fromkeys(asked) if h.shard is not None]
         if wanted:
-            self._fetch([(h, torch.cat(apart[h.path]).unique()) for h in wanted])
+            self._fetch([(h, torch.unique(torch.cat(apart[h.path]))) for h in wanted])
         sources = []
         for each, ids in zip(asked, flat, strict=True):
             if each.fetched is None:
@@ -327,7 +327,8 @@ class Cut:
         sizes = [[len(ids) * each.width for each, ids in zip(held, asked, strict=True)] for asked in mine]
         send = torch.cat([p for own in parts for p in own])
         got = self.near.numbers(send, [sum(map(len, own)) for own in parts], [sum(own) for own in sizes], "gradients")
-        split = [part.split(own) for part, own in zip(got.split([sum(own) for own in sizes]), sizes, strict=True)]
+        by_rank = torch.split(got, [sum(own) for own in sizes])
+        split = [torch.split(part, own) for part, own in zip(by_rank, sizes, strict=True)]
         return [
             _added([mine[k][j] for k in size], [split[k][j].view(-1, each.width) for k in size], each.mine)
             for j, each in enumerate(held)
@@ -371,7 +372,7 @@ class _Route:
         parts = [self.wanted[k][1][start:stop] - piece.rows[0] for own in self.segments for k, piece, start, stop in own]
         send = torch.cat([*parts, torch.zeros(0, dtype=torch.int64)]).int()
         got = self.wire.exchange(send, [sum(c) for c in self.out], [sum(c) for c in self.into], "ids")
-        split = got.long().split([n for counts in self.into for n in counts])
+        split = torch.split(got.long(), [n for counts in self.into for n in counts])
         self.asked = [(self.wanted[j % len(self.wanted)][0], ids) for j, ids in enumerate(split)]
         return self.asked
 
@@ -410,15 +411,15 @@ def _spread(held: Sequence[Held], sums: Sequence[Found], wire: Wire) -> list[Fou
         out = [len(mine) * (k != here) for k in range(wire.size)]
         into = [n * (k != here) for k, n in enumerate(sizes)]
         send = wire.numbers if mine.dtype == torch.float32 else wire.exchange
-        got = list(send(mine.repeat(copies), out, into, what).split(into))
+        got = list(torch.split(send(mine.repeat(copies), out, into, what), into))
         got[here] = mine
         return got
 
     every = around(ids, [sum(c) for c in counts], "ids")
     numbered = around(values, numbers, "gradients")
-    split = [part.long().split(c) for part, c in zip(every, counts, strict=True)]
+    split = [torch.split(part.long(), c) for part, c in zip(every, counts, strict=True)]
     sizes = [[n * w for n, w in zip(c, widths, strict=True)] for c in counts]
-    valued = [part.split(s) for part, s in zip(numbered, sizes, strict=True)]
+    valued = [torch.split(part, s) for part, s in zip(numbered, sizes, strict=True)]
     found = []
     for k, each in enumerate(held):
         parts = [(split[r][k], valued[r][k].view(-1, widths[k])) for r in range(wire.size)]

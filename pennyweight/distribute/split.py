@@ -81,7 +81,7 @@ def _norm(module: _BatchNorm, wire: Wire, x: Tensor) -> Tensor:
     return normed
 
 
-class Drawn(TorchDispatchMode):
+class Drawn(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Draws the dropout mask of the whole batch where one of this worker's rows is asked for."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -106,7 +106,7 @@ class Split:
     @contextlib.contextmanager
     def part(self, rows: int) -> Iterator[None]:
         """Inside, this worker's part of ``rows`` rows is computed."""
-        with team.computing(team.Part((team.share(rows),), rows)), Drawn() if self.drawing else contextlib.nullcontext():
+        with team.computing(team.Part((team.share(rows),), rows)), Drawn() if self.drawing else contextlib.nullcontext():  # type: ignore[no-untyped-call]
             yield
 
     def release(self) -> None:

@@ -16,7 +16,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -75,7 +75,7 @@ class Wide:
     """
 
     def __init__(self, module: nn.Module, cuts: Mapping[str, Cut], near: Wire) -> None:
-        self.layers = [module.get_submodule(path) for path in cuts]
+        self.layers = [cast(nn.Linear, module.get_submodule(path)) for path in cuts]
         for layer, kind in zip(self.layers, cuts.values(), strict=True):
             layer.__dict__["forward"] = functools.partial(_forward, layer, kind, near)
 
@@ -107,7 +107,7 @@ def _gathered(rows: Tensor, sizes: Sequence[int], wire: Wire) -> Tensor:
     n = rows.shape[1]
     out, into = [rows.numel()] * wire.size, [size * n for size in sizes]
     out[wire.rank] = into[wire.rank] = 0
-    got = list(wire.numbers(rows.flatten().repeat(wire.size - 1), out, into, "dense").split(into))
+    got = list(torch.split(wire.numbers(rows.flatten().repeat(wire.size - 1), out, into, "dense"), into))
     got[wire.rank] = rows.flatten()
     return torch.cat(got).view(-1, n)
 
@@ -123,14 +123,14 @@ def _by_rows(every: Tensor, sizes: Sequence[int], widths: Sequence[int], wire: W
     """All columns of this worker's rows, from its columns of all rows."""
     mine, width = sizes[wire.rank], widths[wire.rank]
     got = wire.numbers(every.flatten(), [size * width for size in sizes], [mine * w for w in widths], "dense")
-    parts = got.split([mine * w for w in widths])
+    parts = torch.split(got, [mine * w for w in widths])
     return torch.cat([p.view(mine, w) for p, w in zip(parts, widths, strict=True)], 1)
 
 
 def _by_columns(rows: Tensor, sizes: Sequence[int], widths: Sequence[int], wire: Wire) -> Tensor:
     """This worker's columns of all rows, from all columns of its rows."""
     mine, width = len(rows), widths[wire.rank]
-    send = torch.cat([part.flatten() for part in rows.split(list(widths), 1)])
+    send = torch.cat([part.flatten() for part in torch.split(rows, list(widths), 1)])
     got = wire.numbers(send, [mine * w for w in widths], [size * width for size in sizes], "dense")
     return got.view(-1, width)
 

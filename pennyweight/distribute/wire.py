@@ -59,9 +59,9 @@ class Wire:
         codec = self.codec
         if codec.kind == "fp32":
             return self.exchange(send, out, into, what)
-        packed = torch.cat([codec.pack(part, self.generator) for part in send.split(list(out))])
+        packed = torch.cat([codec.pack(part, self.generator) for part in torch.split(send, list(out))])
         sizes = [codec.size(n) for n in into]
-        got = self.exchange(packed, [codec.size(n) for n in out], sizes, what).split(sizes)
+        got = torch.split(self.exchange(packed, [codec.size(n) for n in out], sizes, what), sizes)
         return torch.cat([codec.unpack(part, n) for part, n in zip(got, into, strict=True)])
 
     def compressed(self, tensor: Tensor, left: Tensor, what: str) -> None:
@@ -71,17 +71,17 @@ class Wire:
         """
         tensor += left
         cuts = [len(tensor) * (k + 1) // self.size - len(tensor) * k // self.size for k in range(self.size)]
-        packed = [self.codec.pack(part) for part in tensor.split(cuts)]
+        packed = [self.codec.pack(part) for part in torch.split(tensor, cuts)]
         kept = torch.cat([self.codec.unpack(part, n) for part, n in zip(packed, cuts, strict=True)])
         left.copy_(tensor - kept)
         sizes = [self.codec.size(n) for n in cuts]
         mine = [sizes[self.rank]] * self.size
-        parts = self.exchange(torch.cat(packed), sizes, mine, what).split(mine)
+        parts = torch.split(self.exchange(torch.cat(packed), sizes, mine, what), mine)
         total = torch.stack([self.codec.unpack(part, cuts[self.rank]) for part in parts]).sum(0)
         told = self.codec.pack(total)
-        own = left.split(cuts)[self.rank]
+        own = torch.split(left, cuts)[self.rank]
         own += total - self.codec.unpack(told, len(total))
-        every = self.exchange(told.repeat(self.size, 1), mine, sizes, what).split(sizes)
+        every = torch.split(self.exchange(told.repeat(self.size, 1), mine, sizes, what), sizes)
         torch.cat([self.codec.unpack(part, n) for part, n in zip(every, cuts, strict=True)], out=tensor)
 
     def counts(self, mine: Tensor) -> Tensor:
@@ -104,7 +104,7 @@ class Wire:
         copies = [len(mine) * (k != self.rank) for k in range(self.size)]
         send = torch.cat([mine] * (self.size - 1)) if self.size > 1 else mine[:0]
         got = self.exchange(send, copies, [n * (k != self.rank) for k, n in enumerate(sizes)], what)
-        parts = list(got.split([n * (k != self.rank) for k, n in enumerate(sizes)]))
+        parts = list(torch.split(got, [n * (k != self.rank) for k, n in enumerate(sizes)]))
         parts[self.rank] = mine
         return torch.cat(parts)
 

@@ -471,9 +471,11 @@ def optimizer(module: nn.Module, recipe: Recipe, without: Sequence[nn.Parameter]
 
 
 def _idle(module: nn.Module) -> Iterator[nn.Parameter]:
-    """Biases of layers that a batch norm comes right after, and what modules say of themselves."""
-    for own in (m.idle for m in module.modules() if callable(getattr(m, "idle", None))):
-        yield from own()
+    """Biases of layers that a batch norm comes right after, and what our models say of themselves."""
+    for child in module.modules():
+        own = getattr(child, "idle", None) if type(child).__module__.startswith("pennyweight.") else None
+        if callable(own):
+            yield from own()
     for run in (m for m in module.modules() if isinstance(m, nn.Sequential)):
         for layer, after in itertools.pairwise(run):
             bias = getattr(layer, "bias", None)
