@@ -32,6 +32,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import safetensors
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
@@ -225,7 +226,9 @@ class Folder:
                 local = {k: self._into(ready.get(k), k, m.size, m.properties.dtype) for k, m in found.items()}  # type: ignore[union-attr]
                 dcp.load({k: self._block(k, t) for k, t in local.items()}, storage_reader=reader, process_group=self.group)
             scalars = json.loads(notes["scalars"])
-        except (OSError, ValueError, KeyError, dcp.api.CheckpointException) as error:
+        except ConfigError:
+            raise
+        except (OSError, ValueError, KeyError, dcp.api.CheckpointException, safetensors.SafetensorError) as error:
             said = str(error).strip().splitlines()[-1][:300]
             raise ConfigError(f"checkpoint {folder} cannot be read ({said}); remove it to go on from the one before") from error
         return {k: t.reshape(()) if k in scalars else t for k, t in local.items()}, notes

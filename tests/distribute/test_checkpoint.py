@@ -116,7 +116,7 @@ def test_a_full_disk_costs_one_checkpoint(tmp_path: Path, group: dist.ProcessGro
 def test_damage_other_shapes_and_a_file_are_refused(tmp_path: Path, group: dist.ProcessGroup) -> None:
     folder(tmp_path, group, True).save(state(), {})
     other = Held("table", nn.Embedding(60, 4), Shard("row", (0,)), 0)
-    with pytest.raises(ConfigError, match=r"\(50, 4\) in the checkpoint and \(60, 4\) in the model; it is of another model"):
+    with pytest.raises(ConfigError, match=r"^module\.table\.weight is \(50, 4\) in the checkpoint and \(60, 4\) in"):
         Folder(tmp_path / "checkpoint", {"table.weight": other}, group).load()
     (file,) = (tmp_path / "checkpoint" / "step-1").glob("*.safetensors")
     file.write_bytes(file.read_bytes()[:-40])
