@@ -24,7 +24,7 @@ import psutil
 
 from benchmarks.device import Device
 from benchmarks.harness import Options, Row
-from benchmarks.load import Live, Process, asks, hammer, post, replay, run, serve
+from benchmarks.load import Live, Process, asks, free, hammer, post, replay, run, serve
 from pennyweight.core.curve import Curve
 from pennyweight.data.requests import Arrivals, Load
 from pennyweight.data.synthetic import Clicks
@@ -378,6 +378,88 @@ def overhead(policy: Policy) -> float:
         found: Live = run(replay(process.host, process.port, trace, asks(trace, ITEMS)))
     alone = policy.variants[0].costs["cpu"].ms(1, 1) / 1000
     return max(0.0, float(np.median(found.latency[found.status == 200])) - alone)
+
+
+# -- peers -----------------------------------------------------------------------------------------------------------------
+
+VENVS: list[Path] = []
+"""The folder of the peers' environments, where one was named (``--venvs``)."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """A peer as it is run: at its defaults, or as tuned for a row."""
+
+    wait_ms: int = 10
+    options: tuple[str, ...] = ()
+
+
+MOSEC: dict[str, dict[str, Setting]] = {
+    "slo50": {"default": Setting(), "tuned": Setting(2)},
+    "overload": {"default": Setting(), "tuned": Setting(2, ("--capacity", "40"))},
+    "noop": {"default": Setting(), "tuned": Setting(2)},
+}
+"""mosec's wait is 10 ms unless told otherwise; 2 ms and, under overload, a queue of 40 were the best of what was tried."""
+
+
+@contextmanager
+def mosec(policy: Policy, setting: Setting) -> Iterator[Process]:
+    """mosec over the device that the policy's curve says."""
+    curve = policy.variants[0].costs["cpu"]
+    port = free()
+    what = [curve.fixed_ms, curve.request_ms, WORKERS, policy.batch, setting.wait_ms]
+    options = ["--address", "127.0.0.1", "--port", str(port), "--timeout", "10000", *setting.options]
+    python = str(VENVS[0] / "mosec" / "bin" / "python")
+    command = [python, "-m", "benchmarks.peers.mosec", *map(str, what), *options]
+    with Process(command, port=port, cwd=Path(__file__).parents[1]) as process:
+        time.sleep(2.0)  # its front listens before its workers are there
+        yield process
+
+
+def beside(policy: Policy, setting: Setting, trace: Arrivals) -> tuple[Live, Replay]:
+    """A trace against mosec."""
+    with mosec(policy, setting) as process:
+        ask = [post("/inference", b"1")] * len(trace)
+        few = single(50.0, 0.5, 99)
+        run(replay(process.host, process.port, few, ask[:1] * len(few)))
+        found: Live = run(replay(process.host, process.port, trace, ask))
+    return found, found.replay(policy, WORKERS, ours=False)
+
+
+def peer(id: str, name: str) -> Callable[[Options], Row]:
+    """A peer's row beside one of ours: the same device, the same trace, the same judge."""
+    family, _, size = id.partition("/")
+
+    def measure(options: Options) -> Row:
+        setting = MOSEC[family][name]
+        so = f"mosec 0.9.8, waits {setting.wait_ms} ms {' '.join(setting.options)}".rstrip()
+        seconds = 2.0 if options.quick else 15.0
+        if family == "noop":
+            idle, rates = device(0.0001, 0.0, 1000.0), []
+            for _ in seeds(options):
+                with mosec(idle, setting) as process:
+                    ask = post("/inference", b"1")
+                    rates.append(run(hammer(process.host, process.port, ask, 32, seconds / 2))[0])
+            return spread(f"{id}/mosec/{name}", "rate", rates, f"live: closed loop, 32 connections; {so}")
+        if family == "slo50":
+            rate = float(size) / (8 if options.quick else 1)
+            runs = [beside(SLO50, setting, single(rate, seconds, s)) for s in seeds(options)]
+            note = f"live: as {id}; {so}; {told(runs)}"
+            return spread(f"{id}/mosec/{name}", "on_time", [r.on_time for _, r in runs], note)
+        factor = float(size.rstrip("x"))
+        runs = [beside(SLO200, setting, times(SLO200, factor, seconds, s, **ONE)) for s in seeds(options)]
+        note = f"live: as {id}; {so}; {told(runs)}"
+        return spread(f"{id}/mosec/{name}", "work_over_capacity", [r.work_over_capacity for _, r in runs], note)
+
+    return measure
+
+
+def peers() -> dict[str, Callable[[Options], Row]]:
+    """The peers' rows, where there is an environment of theirs."""
+    if not VENVS or not (VENVS[0] / "mosec" / "bin" / "python").exists():
+        return {}
+    ids = ("noop", "slo50/1600", "slo50/2000", "overload/2x", "overload/4x", "overload/10x")
+    return {f"{id}/mosec/{name}": peer(id, name) for id in ids for name in ("default", "tuned")}
 
 
 ROWS: dict[str, Callable[[Options], Row | Sequence[Row]]] = {

@@ -162,14 +162,14 @@ class Live:
         """Requests without an answer."""
         return int(np.isin(self.status, (LOST, CUT)).sum())
 
-    def replay(self, policy: Policy, workers: int) -> Replay:
-        """As the simulator has it."""
+    def replay(self, policy: Policy, workers: int, *, ours: bool = True) -> Replay:
+        """As the simulator has it; a peer's answers name no variant."""
         trace, n = self.trace, len(self.trace)
         names = {v.name: k for k, v in enumerate(policy.variants)}
         well = self.status == 200
         variant = np.full(n, -1, np.int8)
         for place in np.flatnonzero(well):
-            variant[place] = names.get(binary.answer(self.bodies[place])[0]["variant"], 0)
+            variant[place] = names.get(binary.answer(self.bodies[place])[0]["variant"], 0) if ours else 0
         fates = {200: "answered", 429: "late", 422: "poison"}
         fate = np.array([FATES.index(fates.get(int(s), "lost")) for s in self.status], np.int8)  # type: ignore[arg-type]
         spans = {c.name: (c.deadline_ms or policy.deadline_ms) / 1000 for c in policy.classes}
@@ -265,18 +265,35 @@ def run(work: Coroutine[Any, Any, Any]) -> Any:
 
 
 class Process:
-    """A server in a process of its own, that says where it listens on its standard error or is asked at a port."""
+    """A server in a process of its own, that says where it listens on its standard error; or is given a port, and tried."""
 
-    def __init__(self, command: Sequence[str], says: str = r"http://127\.0\.0\.1:(\d+)", **options: Any) -> None:
+    def __init__(self, command: Sequence[str], says: str = r"http://127\.0\.0\.1:(\d+)", port: int = 0, **options: Any) -> None:
+        self.host, self.port = "127.0.0.1", port
+        if port:
+            quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+            self.process = subprocess.Popen(command, text=True, **quiet, **options)
+            self._tried(command)
+            return
         self.process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, **options)
         assert self.process.stderr is not None
         told = []
         while line := self.process.stderr.readline():
             told.append(line)
             if found := re.search(says, line):
-                self.host, self.port = "127.0.0.1", int(found[1])
+                self.port = int(found[1])
                 return
         raise DeviceError(f"{' '.join(command[:4])} did not start: {''.join(told)[-2000:]}")
+
+    def _tried(self, command: Sequence[str]) -> None:
+        end = time.monotonic() + START_S
+        while self.process.poll() is None and time.monotonic() < end:
+            try:
+                socket.create_connection((self.host, self.port), 1).close()
+                return
+            except OSError:
+                time.sleep(0.1)
+        self.process.kill()
+        raise DeviceError(f"{' '.join(command[:3])} did not listen on port {self.port} within {START_S} s; run it by hand")
 
     def __enter__(self) -> Process:
         return self
@@ -293,6 +310,14 @@ class Process:
         """The processes that score, the oldest first: the last one is the spare."""
         children = psutil.Process(self.process.pid).children()
         return sorted((c for c in children if "pennyweight.serve.child" in c.cmdline()), key=lambda c: c.create_time())
+
+
+def free() -> int:
+    """A port nobody listens on."""
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        port: int = one.getsockname()[1]
+        return port
 
 
 def serve(folder: Path, workers: int = 2, *, spares: int = 0, token: str = "") -> Process:

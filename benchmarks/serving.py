@@ -9,11 +9,13 @@ whose note says pure computation.
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import random
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import numpy as np
 
@@ -226,4 +228,9 @@ ROWS = {
 }
 
 if __name__ == "__main__":
-    harness.run("serving", ROWS, timed=True)
+    asked = argparse.ArgumentParser(add_help=False)
+    asked.add_argument("--venvs", type=Path, help="folder of the peers' environments (benchmarks/peers/setup.sh makes them)")
+    given, _ = asked.parse_known_args()
+    if given.venvs is not None:
+        live.VENVS.append(given.venvs.absolute())
+    harness.run("serving", {**ROWS, **live.peers()}, timed=True, parents=[asked])

@@ -17,7 +17,8 @@ packages() {
     fuxictr) echo torch==2.13.0 fuxictr==2.3.10 ;;
     recbole) echo torch==2.13.0 recbole==1.2.1 numpy==1.26.4 "pandas<2.3" "scipy<1.14" "setuptools<81" ;;
     torchrec) echo torch==2.13.0 numpy==2.4.6 cloudpickle packaging pyyaml tqdm ;;
-    *) echo "no peer $1; there are: onnxruntime openvino torch neural keras rechub fuxictr recbole torchrec" >&2; exit 1 ;;
+    mosec) echo mosec==0.9.8 ;;
+    *) echo "no peer $1; there are: onnxruntime openvino torch neural keras rechub fuxictr recbole torchrec mosec" >&2; exit 1 ;;
   esac
 }
 
@@ -30,7 +31,7 @@ alone() {
   esac
 }
 
-for peer in ${@:-onnxruntime openvino torch neural keras rechub fuxictr recbole torchrec}; do
+for peer in ${@:-onnxruntime openvino torch neural keras rechub fuxictr recbole torchrec mosec}; do
   wanted=$(packages "$peer")
   [ -d "$folder/$peer" ] || "$python" -m venv "$folder/$peer"
   # shellcheck disable=SC2086  # several packages

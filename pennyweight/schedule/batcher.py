@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import math
 import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Executor
@@ -18,6 +19,8 @@ from pennyweight.model.bundle import Policy
 from pennyweight.schedule.queue import Queue, Ticket
 from pennyweight.schedule.scheduler import Batch, Scheduler
 
+LEARN_S, LESSONS = 0.01, 4
+"""Seconds between lessons, and batches of each: learning takes some 25 microseconds a batch, as much as all else about it."""
 Q = TypeVar("Q")
 A = TypeVar("A")
 
@@ -33,8 +36,9 @@ class Desk:
         self.scheduler = scheduler
         self._start = start
         self._timer: asyncio.TimerHandle | None = None
-        self._alarm = float("inf")
+        self._alarm = math.inf
         self._closing = False
+        self._learned = -math.inf
         self._empty = asyncio.Event()
 
     async def submit(self, value: Any, items: int = 1, **asked: Any) -> Any:
@@ -69,7 +73,10 @@ class Desk:
             self._timer = asyncio.get_running_loop().call_later(max(0.0, due - scheduler.clock()), self._ring)
         if self._closing and not scheduler.inside:
             self._empty.set()
-        scheduler.learn()
+        now = scheduler.clock()
+        if now - self._learned >= LEARN_S:
+            self._learned = now
+            scheduler.learn(LESSONS)
 
     async def close(self) -> None:
         """Have what was accepted run; back when everybody has an answer."""
@@ -80,7 +87,7 @@ class Desk:
             self._timer.cancel()
 
     def _ring(self) -> None:
-        self._alarm = float("inf")
+        self._alarm = math.inf
         self.pump()
 
 

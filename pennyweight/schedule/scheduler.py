@@ -727,9 +727,13 @@ class Scheduler:
         if len(self._lessons) > LESSONS or cost.learned is None:
             self.learn()
 
-    def learn(self) -> None:
-        """Let the curves learn from what was done: apart from ``done``, so that the next batch is on its way before."""
-        for cost, requests, items, took in self._lessons:
+    def learn(self, most: int = LESSONS + 1) -> None:
+        """Let the curves learn from what was done: apart from ``done``, so that the next batch is on its way before.
+
+        Args:
+            most: batches to learn from, the latest; where thousands a second are alike, some of them teach as much.
+        """
+        for cost, requests, items, took in self._lessons[-most:]:
             cost.learn(requests, items, took)
         self._lessons.clear()
 
