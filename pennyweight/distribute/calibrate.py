@@ -12,6 +12,7 @@ as it is now: on a busy one everything is slower, and the plan says so too.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import datetime
 import functools
@@ -19,7 +20,7 @@ import multiprocessing
 import queue
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -104,13 +105,14 @@ def _time(work: Callable[[], object], seconds: float) -> float:
     return latency(work, warmup=3, seconds=seconds).p50_ms / 1e3
 
 
-class _one_thread:
-    def __enter__(self) -> None:
-        self.before = torch.get_num_threads()
-        torch.set_num_threads(1)
-
-    def __exit__(self, *_: object) -> None:
-        torch.set_num_threads(self.before)
+@contextlib.contextmanager
+def _one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 # -- the model's own dense layers ------------------------------------------------------------------------------------------

@@ -308,11 +308,12 @@ class Setting:
         rates, work = self.topology.rates, self.work
         assert rates is not None
         crowd = self.topology.crowding
+        spared = HELD * sum(layer.bytes for layer in cut) * (1 - 1 / self.group)
         if work.timed is not None:
-            return (work.timed.fixed + work.timed.row * self.rows) * crowd
+            return (max(0.0, work.timed.fixed - spared / rates.bytes) + work.timed.row * self.rows) * crowd
         flops = (1 + BACKWARD) * work.flops * self.rows
         calls = work.calls * (1 + BACKWARD) + 2 * len(cut)
-        weights = HELD * (work.dense_bytes - sum(layer.bytes for layer in cut) * (1 - 1 / self.group))
+        weights = HELD * work.dense_bytes - spared
         activations = 2 * KEPT * work.activations * self.rows
         return (flops / rates.flops + calls * rates.call_us / 1e6 + (weights + activations) / rates.bytes) * crowd
 
