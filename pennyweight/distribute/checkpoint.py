@@ -35,8 +35,8 @@ from typing import Any
 import safetensors
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch import Tensor
+from torch.distributed.checkpoint import CheckpointException
 from torch.distributed.checkpoint._hf_utils import CUSTOM_METADATA_KEY, SAVED_OFFSETS_KEY, _gen_file_name
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
@@ -50,6 +50,8 @@ from torch.distributed.checkpoint.planner import (
     WriteItem,
     WriteItemType,
 )
+from torch.distributed.checkpoint.state_dict_loader import load as read_checkpoint
+from torch.distributed.checkpoint.state_dict_saver import save as write_checkpoint
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
@@ -82,7 +84,7 @@ class Block(Tensor):
         return made
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         """No operator takes a block for the whole."""
         raise NotImplementedError(f"{func} of a block of a tensor")
 
@@ -224,11 +226,13 @@ class Folder:
                 found = reader.read_metadata().state_dict_metadata
                 ready = {k: t.detach() for k, t in (into or {}).items() if t.dim()}
                 local = {k: self._into(ready.get(k), k, m.size, m.properties.dtype) for k, m in found.items()}  # type: ignore[union-attr]
-                dcp.load({k: self._block(k, t) for k, t in local.items()}, storage_reader=reader, process_group=self.group)
+                read_checkpoint(
+                    {k: self._block(k, t) for k, t in local.items()}, storage_reader=reader, process_group=self.group
+                )
             scalars = json.loads(notes["scalars"])
         except ConfigError:
             raise
-        except (OSError, ValueError, KeyError, dcp.api.CheckpointException, safetensors.SafetensorError) as error:
+        except (OSError, ValueError, KeyError, CheckpointException, safetensors.SafetensorError) as error:
             said = str(error).strip().splitlines()[-1][:300]
             raise ConfigError(f"checkpoint {folder} cannot be read ({said}); remove it to go on from the one before") from error
         return {k: t.reshape(()) if k in scalars else t for k, t in local.items()}, notes
@@ -240,7 +244,7 @@ class Folder:
                 shutil.rmtree(old, ignore_errors=True)
         with _quiet():
             part.mkdir(parents=True, exist_ok=True)
-            dcp.save(dict(state), storage_writer=_Writer(str(part), save_distributed=True), process_group=self.group)
+            write_checkpoint(dict(state), storage_writer=_Writer(str(part), save_distributed=True), process_group=self.group)
         done = torch.zeros(1)
         if self.rank == 0:
             with contextlib.suppress(OSError):
@@ -304,7 +308,7 @@ def whole(path: Path) -> tuple[dict[str, Tensor], Mapping[str, str]]:
         reader = _Reader(str(folder))
         found = reader.read_metadata().state_dict_metadata
         state = {k: torch.empty(m.size, dtype=m.properties.dtype) for k, m in found.items()}  # type: ignore[union-attr]
-        dcp.load(state, storage_reader=reader, no_dist=True)
+        read_checkpoint(state, storage_reader=reader, no_dist=True)
     scalars = json.loads(notes["scalars"])
     return {k: t.reshape(()) if k in scalars else t for k, t in state.items()}, notes
 

@@ -109,7 +109,7 @@ class Crew:
         self.names: dict[str, Held | wide.Part] = {f"{path}.weight": of[id(m)] for path, m in modules if id(m) in of}
         self.wide = wide.cut(module, placement, self.near.rank)
         self.names |= self.wide
-        self.shapes = {name: part.shape for name, part in self.names.items()}
+        self.shapes: Mapping[str, tuple[int, ...]] = {name: part.shape for name, part in self.names.items()}
         self.folder: Folder | None = None
         self.buckets: Buckets | None = None
         self.began = time.perf_counter()
@@ -253,5 +253,5 @@ class _Lent:
 
 def _alone(rank: int) -> dist.ProcessGroup:
     """A group of this rank only, made with everybody's."""
-    groups = [dist.new_group([k]) for k in range(dist.get_world_size())]
+    groups: list[dist.ProcessGroup] = [dist.new_group([k]) for k in range(dist.get_world_size())]
     return groups[rank]
