@@ -189,7 +189,8 @@ def _many(
         "hosts": () if hosts is None else launch.read_hosts(hosts),
         "memory_bytes": int(budgets.parse(f"memory <= {memory}").memory_bytes or 0) if memory else 0,
     }
-    return decode(launch.Many, given, "train")
+    made: launch.Many = decode(launch.Many, given, "train")
+    return made
 
 
 @app.command()

@@ -51,6 +51,28 @@ class Steps:
     """That this worker sent in steps, by what for; not in scoring and in checkpoints."""
 
 
+class Wires:
+    """The groups of workers, and what they sent.
+
+    Args:
+        replicas: groups that each hold everything.
+        timeout: how long an answer is waited for.
+    """
+
+    def __init__(self, replicas: int = 1, timeout: datetime.timedelta | None = None) -> None:
+        wait = timeout or dist.default_pg_timeout
+        self.sent: collections.Counter[str] = collections.Counter()
+        self.world = Wire(None, self.sent, wait)
+        self.near, self.across = self.world, Wire("alone", self.sent, wait)
+        if replicas > 1:
+            rank, size, n = dist.get_rank(), dist.get_world_size(), dist.get_world_size() // replicas
+            groups = [dist.new_group(list(range(g * n, g * n + n)), wait) for g in range(replicas)]
+            peers = [dist.new_group(list(range(k, size, n)), wait) for k in range(n)]
+            self.near, self.across = (Wire(g, self.sent, wait) for g in (groups[rank // n], peers[rank % n]))
+        self.side = dist.new_group(timeout=wait)
+        """For what goes on beside the steps: checkpoints."""
+
+
 class Crew:
     """This process as one of the workers; the process group is there already.
 
@@ -63,6 +85,7 @@ class Crew:
         traffic: how rows and gradients are written on the way.
         fills: how tables that lie on no device are filled.
         lean: nothing is held twice: checkpoints are written from where the weights lie, and the best weights lie on disk.
+        wires: between the workers, for as many replicas, if they are there already.
 
     Raises:
         ConfigError: the placement is for another number of workers, or cuts what cannot be.
@@ -79,29 +102,21 @@ class Crew:
         traffic: Kind = "fp32",
         fills: Mapping[int, Fill] | None = None,
         lean: bool = False,
+        wires: Wires | None = None,
     ) -> None:
         self.rank, self.size, self.every, self.lean = dist.get_rank(), dist.get_world_size(), every, lean
         if placement.world_size != self.size:
             raise ConfigError(f"the placement is for {placement.world_size} workers, and {self.size} are here")
-        wait = timeout or dist.default_pg_timeout
         self.placement, self.steps = placement, Steps(seconds=torch.zeros(self.size, dtype=torch.float64))
         self.balance, self.weights = balance, [WHOLE] * self.size
         self.weighed = 0, self.steps.seconds.clone()
         self.told = 0, self.steps.seconds.clone()
-        self.sent: collections.Counter[str] = collections.Counter()
-        self.world = Wire(None, self.sent, wait)
-        self.near, self.across = self.world, Wire(_alone(self.rank), self.sent, wait)
-        if placement.replicas > 1:
-            n = placement.group
-            groups = [dist.new_group(list(range(g * n, g * n + n)), wait) for g in range(placement.replicas)]
-            peers = [dist.new_group(list(range(k, self.size, n)), wait) for k in range(n)]
-            self.near = Wire(groups[self.rank // n], self.sent, wait)
-            self.across = Wire(peers[self.rank % n], self.sent, wait)
+        wires = wires or Wires(placement.replicas, timeout)
+        self.sent, self.side = wires.sent, wires.side
+        self.world, self.near, self.across = wires.world, wires.near, wires.across
         self.generator = torch.Generator()
         for wire in (self.world, self.near, self.across):
             wire.codec, wire.generator = Codec(traffic), self.generator
-        self.side = dist.new_group(timeout=wait)
-        """For what goes on beside the steps: checkpoints."""
         self.held = shard.held(module, placement, self.near.rank)
         shard.cut(self.held, fills or {})
         of = {id(h.module): h for h in self.held}
@@ -249,9 +264,3 @@ class _Lent:
         if self.crew.buckets is not None:
             self.crew.buckets.release()
             self.crew.buckets = None
-
-
-def _alone(rank: int) -> dist.ProcessGroup:
-    """A group of this rank only, made with everybody's."""
-    groups: list[dist.ProcessGroup] = [dist.new_group([k]) for k in range(dist.get_world_size())]
-    return groups[rank]

@@ -14,6 +14,7 @@ import collections
 import datetime
 import time
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 import torch.distributed as dist
@@ -31,7 +32,7 @@ class Wire:
     """Collectives of one group of ranks.
 
     Args:
-        group: of ``torch.distributed``; None for all ranks.
+        group: of ``torch.distributed``; None for all ranks, ``alone`` for this one by itself, which sends nothing.
         sent: bytes by purpose, to count into; several wires may share one.
         timeout: of the group, for messages.
     """
@@ -41,9 +42,15 @@ class Wire:
     generator: torch.Generator | None = None
     """Rounds them by chance."""
 
-    def __init__(self, group: dist.ProcessGroup | None, sent: collections.Counter[str], timeout: datetime.timedelta) -> None:
-        self.group, self.sent, self.timeout = group, sent, timeout
-        self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
+    def __init__(
+        self,
+        group: dist.ProcessGroup | Literal["alone"] | None,
+        sent: collections.Counter[str],
+        timeout: datetime.timedelta,
+    ) -> None:
+        self.group = None if isinstance(group, str) else group
+        self.sent, self.timeout = sent, timeout
+        self.rank, self.size = (0, 1) if isinstance(group, str) else (dist.get_rank(group), dist.get_world_size(group))
         self.waited = 0.0
         """Seconds."""
 

@@ -41,7 +41,7 @@ from pennyweight.data.dataset import Dataset, How
 from pennyweight.distribute import checkpoint, ways
 from pennyweight.distribute.blocks import built
 from pennyweight.distribute.codec import Kind
-from pennyweight.distribute.crew import Crew
+from pennyweight.distribute.crew import Crew, Wires
 from pennyweight.distribute.wire import Lost, between
 from pennyweight.model import bundle, train  # noqa: F401  (bundle registers the layers a spec may name)
 from pennyweight.model.placement import Placement
@@ -125,13 +125,16 @@ def _work(home: Path, job: Job) -> None:
     data = Dataset.open(job.data)
     parts = data.split(job.split, job.fractions, job.seed)
     _same(job, data)
+    replicas = _replicas(job)
+    wires = Wires(replicas, wait)
     guard = contextlib.ExitStack()
-    if job.memory_bytes:  # what was taken to begin with, Python and PyTorch, is no part of it
+    if job.memory_bytes:  # what was taken to begin with, Python, PyTorch and threads, is no part of it
         guard.enter_context(memory.guarded(job.memory_bytes))
     module, fills = built(job.spec, job.seed, job.allow)
     crew = Crew(
-        module, _placed(job, module), every=job.every, timeout=wait, balance=job.balance, traffic=job.traffic, fills=fills
-    )
+        module, _placed(job, module, replicas), every=job.every, timeout=wait, balance=job.balance, traffic=job.traffic,
+        fills=fills, lean=job.memory_bytes > 0, wires=wires,
+    )  # fmt: skip
     train.TICK_S = job.tick_s
     with _stopping(home), open(home / "progress.jsonl", "a", buffering=1) as told:
 
@@ -154,14 +157,24 @@ def _work(home: Path, job: Job) -> None:
     dist.destroy_process_group()
 
 
-def _placed(job: Job, module: nn.Module) -> Placement:
+def _replicas(job: Job) -> int:
+    """Groups of workers, for the workers there are.
+
+    Raises:
+        ConfigError: they cannot be divided so.
+    """
+    size = dist.get_world_size()
+    if isinstance(job.placement, Placement):
+        return ways.again(job.placement, size).replicas
+    return Placement(size, replicas=job.replicas).replicas
+
+
+def _placed(job: Job, module: nn.Module, replicas: int) -> Placement:
     """Who holds what, for the workers there are."""
     size = dist.get_world_size()
-    if isinstance(job.placement, Placement) and job.placement.world_size == size:
-        return job.placement
     if isinstance(job.placement, Placement):
-        return ways.again(job.placement, size)
-    return ways.placed(job.placement, ways.tables(module), size, job.replicas)
+        return job.placement if job.placement.world_size == size else ways.again(job.placement, size)
+    return ways.placed(job.placement, ways.tables(module), size, replicas)
 
 
 def _counted(crew: Crew) -> dict[str, object]:

@@ -211,6 +211,8 @@ class Workers(team.Team, Protocol):
 
     every: int
     """Steps between two checkpoints inside an epoch; 0 leaves it to the clock."""
+    lean: bool
+    """Whether memory is short: nothing is held twice."""
     shapes: Mapping[str, tuple[int, ...]]
     """Of tensors of the module's state that are here in part, as they are as a whole."""
 
@@ -285,7 +287,8 @@ def fit(
     loss = _loss(module, taught, recipe, inputs, teacher if recipe.dealt else batchwise)
     judge = _judge(train, valid, recipe, inputs)
     identity = "" if checkpoint is None else dumps([encode(recipe), seed, train.fingerprint, _shapes(module, workers)])
-    with torch.random.fork_rng(devices=[]), memory.kept(), _interrupts() as interrupted, team.working(workers):
+    kept = contextlib.nullcontext() if workers is not None and workers.lean else memory.kept()
+    with torch.random.fork_rng(devices=[]), kept, _interrupts() as interrupted, team.working(workers):
         torch.manual_seed(seed)
         with Learner(module, loss, recipe, workers) as learner:
             keeper = None if checkpoint is None else _File(checkpoint) if workers is None else workers.keeper(checkpoint)
