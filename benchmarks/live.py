@@ -21,15 +21,20 @@ from typing import Any
 
 import numpy as np
 import psutil
+import torch
 
 from benchmarks.device import Device
 from benchmarks.harness import Options, Row
 from benchmarks.load import Live, Process, asks, free, hammer, post, replay, run, serve
+from pennyweight.compress.quantize import QuantizeDense, QuantizeTables
 from pennyweight.core.curve import Curve
+from pennyweight.data.catalog import Catalog
 from pennyweight.data.requests import Arrivals, Load
 from pennyweight.data.synthetic import Clicks
 from pennyweight.model.bundle import Bundle, Policy, Priority, Tenant, Variant, save
+from pennyweight.model.ranking import DLRM
 from pennyweight.model.spec import Model, build, spec_of
+from pennyweight.model.transform import Env, plan
 from pennyweight.schedule.simulate import Fleet, Replay, capacity, simulate
 from pennyweight.serve import binary
 
@@ -59,17 +64,53 @@ THREE = Policy(
 """The measured profile of a DLRM in three sizes, ten times slower, so that ten times its capacity can be sent over a socket."""
 
 
+Made = Callable[[Variant, Catalog], Bundle]
+
+
+def asleep(variant: Variant, catalog: Catalog) -> Bundle:
+    """What takes as long as the variant's curve says."""
+    curve = variant.costs["cpu"]
+    return _device(catalog, curve.fixed_ms, curve.request_ms + curve.item_ms)
+
+
+def idle(variant: Variant, catalog: Catalog) -> Bundle:
+    """What takes no time."""
+    return _device(catalog, 0.0, 0.0)
+
+
+def _device(catalog: Catalog, fixed_ms: float, row_ms: float) -> Bundle:
+    spec = spec_of(Device, inputs=("item",), fixed_ms=fixed_ms, row_ms=row_ms)
+    return Bundle(Model.of(build(spec, ALLOW), spec), catalog)
+
+
+SIZES = {"full": (32, (512, 256, 128)), "mid": (16, (256, 128)), "small": (8, (64,))}
+"""Numbers a row and hidden layers of a real model's variants."""
+
+
+def computed(variant: Variant, catalog: Catalog) -> Bundle:
+    """A real network of the variant's size, tables and layers in int8; its weights are random, which takes as long."""
+    dim, hidden = SIZES[variant.name]
+    spec = spec_of(DLRM, columns=catalog.schema.columns, dim=dim, bottom=(64, dim), hidden=hidden, norm=False)
+    torch.manual_seed(0)
+    given = Bundle(Model.of(build(spec).eval(), spec), catalog)
+    return plan(QuantizeTables(data_type="int8"), QuantizeDense(data_type="int8")).apply(given, Env())
+
+
 @contextmanager
-def served(policy: Policy, workers: int = WORKERS, *, idle: bool = False, **options: Any) -> Iterator[tuple[Process, Path]]:
-    """The service over bundles that take what the policy's curves say, or no time."""
-    catalog = Clicks(sizes=(1000, ITEMS)).dataset(50_000).catalog
+def served(
+    policy: Policy, workers: int = WORKERS, *, made: Made = asleep, known: bool = True, fields: int = 0, **options: Any
+) -> Iterator[tuple[Process, Path]]:
+    """The service over a bundle a variant; ``known`` tells the service the policy's curves, else it measures its own."""
+    catalog = Clicks(sizes=(1000, ITEMS, *[500] * fields)).dataset(50_000).catalog
+    told_so = (
+        policy
+        if known
+        else dataclasses.replace(policy, variants=tuple(dataclasses.replace(v, costs={}) for v in policy.variants))
+    )
     with tempfile.TemporaryDirectory(prefix="pennyweight-bench-") as place:
         for variant in policy.variants:
-            curve = variant.costs["cpu"]
-            takes = (0.0, 0.0) if idle else (curve.fixed_ms, curve.request_ms + curve.item_ms)
-            spec = spec_of(Device, inputs=("item",), fixed_ms=takes[0], row_ms=takes[1])
-            model = Model.of(build(spec, ALLOW), spec)
-            save(Bundle(model, catalog, policy=policy if not variant.folder else Policy()), Path(place) / variant.name)
+            bundle = made(variant, catalog)
+            save(bundle if variant.folder else bundle.replace(policy=told_so), Path(place) / variant.name)
         folder = Path(place) / policy.variants[0].name
         with serve(folder, workers, **options) as process:
             yield process, folder
@@ -326,7 +367,7 @@ def noop(options: Options) -> Sequence[Row]:
         with Process([sys.executable, "-c", BARE]) as bare:
             rates["bare"].append(run(hammer(bare.host, bare.port, ask, 32, seconds))[0])
         for name, workers in (("workers", WORKERS), ("thread", 0)):
-            with served(policy, workers, idle=True) as (process, _):
+            with served(policy, workers, made=idle) as (process, _):
                 run(hammer(process.host, process.port, ask, 32, min(1.0, seconds)))
                 rates[name].append(run(hammer(process.host, process.port, ask, 32, seconds))[0])
     bare_rate, workers, thread = (statistics.median(rates[n]) for n in ("bare", "workers", "thread"))
@@ -435,9 +476,9 @@ def peer(id: str, name: str) -> Callable[[Options], Row]:
         so = f"mosec 0.9.8, waits {setting.wait_ms} ms {' '.join(setting.options)}".rstrip()
         seconds = 2.0 if options.quick else 15.0
         if family == "noop":
-            idle, rates = device(0.0001, 0.0, 1000.0), []
+            nothing, rates = device(0.0001, 0.0, 1000.0), []
             for _ in seeds(options):
-                with mosec(idle, setting) as process:
+                with mosec(nothing, setting) as process:
                     ask = post("/inference", b"1")
                     rates.append(run(hammer(process.host, process.port, ask, 32, seconds / 2))[0])
             return spread(f"{id}/mosec/{name}", "rate", rates, f"live: closed loop, 32 connections; {so}")
@@ -462,12 +503,46 @@ def peers() -> dict[str, Callable[[Options], Row]]:
     return {f"{id}/mosec/{name}": peer(id, name) for id in ids for name in ("default", "tuned")}
 
 
+def real(kind: str, names: Sequence[str]) -> Callable[[Options], Row]:
+    """The rate that a real model holds at 99 % on time, found by going up in steps: held at every lower one too."""
+
+    def measure(options: Options) -> Row:
+        # curves for the judge alone, who needs some for the fluid; the service measures its own
+        chosen = [dataclasses.replace(v, costs=ANY) for v in THREE.variants if v.name in names]
+        policy = dataclasses.replace(THREE, deadline_ms=50.0, batch=8, variants=tuple(chosen))
+        best, notes = [], []
+        for s in seeds(options):
+            held, rate = 0.0, 50.0
+            with served(policy, made=computed, known=False, fields=24) as (process, _):
+                warm(process, policy)
+                while rate < 20_000:
+                    trace = Load(kind=kind, rate=rate, seconds=2.0 if options.quick else 8.0, seed=s).draw()  # type: ignore[arg-type]
+                    found: Live = run(replay(process.host, process.port, trace, asks(trace, ITEMS)))
+                    done = found.replay(policy, WORKERS)
+                    if done.on_time < 0.99:
+                        break
+                    held, last = rate, done
+                    rate *= 2.0 if options.quick else 1.15
+            best.append(held)
+            if held:
+                notes.append(told([(found, last)]))
+        note = f"live: DLRM of 26 tables in int8, {len(names)} variants, heavy sizes, SLO 50 ms, {kind}; {'; '.join(notes)}"
+        return spread(f"real/{'bursts' if kind == 'bursts' else 'one' if len(names) == 1 else 'three'}", "rate", best, note)
+
+    return measure
+
+
+ANY = {"cpu": Curve(0.5, 0.1, 0.01)}
+
 ROWS: dict[str, Callable[[Options], Row | Sequence[Row]]] = {
     "noop": noop,
     "slo50/1600": slo50(1600.0, 0.995),
     "slo50/2000": slo50(2000.0, 0.99),
     **{f"overload/{f:g}x": overload(f, bar) for f, bar in ((2, 0.97), (4, 0.92), (10, 0.90))},
     **{f"variants/{f:g}x": variants(f, bar, gap) for f, bar, gap in ((2, 0.99, 0.01), (4, 0.99, 0.01), (10, 0.95, None))},
+    "real/one": real("poisson", ("full",)),
+    "real/three": real("poisson", ("full", "mid", "small")),
+    "real/bursts": real("bursts", ("full", "mid", "small")),
     "kills": kills,
     "pulse": pulse,
     "tenants": tenants,

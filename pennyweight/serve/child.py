@@ -30,8 +30,8 @@ RUN = struct.Struct("<BxxxIIIQQ")
 RAN = struct.Struct("<BxxxId")
 """A batch that was run: ``G``; its number; seconds it took here."""
 GO = ord("G")
-GENTLE = 10
-"""Niceness of a loader that lets others go first: a tenth of a busy core; 19 gets so little that it may never be ready."""
+GENTLE = 5
+"""Niceness of a loader that lets others go first: a third of what they get; at 19 it may never be ready on a busy machine."""
 
 
 class Start(msgspec.Struct, tag=True):

@@ -493,6 +493,8 @@ class Pool:
         )
         if was in ("serving", "spare"):
             self._fill()
+        else:
+            self._desk.pump()
 
     def _left(self, member: Member) -> None:
         """One whose edition is over goes after its batch."""
