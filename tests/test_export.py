@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from pennyweight import cli
 from pennyweight.accelerate.runner import Runner
+from pennyweight.compress.axes import CodeAxes
 from pennyweight.compress.bands import DropFields, SplitRows
 from pennyweight.compress.prune import FoldNorms, PruneNeurons
 from pennyweight.compress.quantize import QuantizeDense, QuantizeTables
@@ -53,6 +54,7 @@ PLANS = {
         QuantizeTables("int4", only=("*.band1",)),
         DropFields(None, only=("*.band2",)),
     ),
+    "along axes": plan(CodeAxes(2.0), QuantizeDense("bf16")),
     "codes of four bits": plan(ShareRows(parts=8, codes=16), QuantizeTables("int8")),
     "pruned": plan(PruneNeurons(keep=0.5, score="weight"), FoldNorms(), QuantizeTables("int2"), QuantizeDense("fp16")),
 }

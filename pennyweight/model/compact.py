@@ -196,30 +196,29 @@ class Axes(Lookup):
     codes: Tensor
     levels: Tensor
     axes: Tensor
+    byte: Tensor
+    parts: Tensor
 
     def __init__(
         self, codes: Tensor, levels: Tensor, axes: Tensor, bits: Sequence[int], starts: Sequence[int], padding: int | None
     ) -> None:
         super().__init__(len(codes), axes.shape[1])
-        self.bits, self.starts, self.padding = tuple(bits), tuple(starts), padding
-        self.register_buffer("codes", codes)
-        self.register_buffer("levels", levels)
-        self.register_buffer("axes", axes)
+        self.padding = padding
+        first = [sum(2**b for b in bits[:k]) for k in range(len(bits))]
+        parts = [[2.0 ** (s % 8), 2.0 ** (s % 8 + b), 2.0**b, f] for s, b, f in zip(starts, bits, first, strict=True)]
+        for name, tensor in (("codes", codes), ("levels", levels), ("axes", axes)):
+            self.register_buffer(name, tensor)
+        self.register_buffer("byte", torch.tensor([s // 8 for s in starts]))
+        self.register_buffer("parts", torch.tensor(parts).T.contiguous())
 
     def forward(self, input: Tensor) -> Tensor:
         """fp32 rows [..., dim] of ids of any shape."""
-        stream = F.embedding(input, self.codes).float()
-        places, first = [], 0
-        for bits, start in zip(self.bits, self.starts, strict=True):
-            byte, skipped = divmod(start, 8)
-            word = stream[..., byte]
-            if skipped + bits > 8:
-                word = word + 256 * stream[..., byte + 1]
-            # Below 2**16, so quotients and remainders are exact in fp32.
-            place = torch.floor(word / 2**skipped) - 2**bits * torch.floor(word / 2 ** (skipped + bits))
-            places.append(place + first)
-            first += 2**bits
-        levels = F.embedding(torch.stack(places, -1).to(torch.int32), self.levels.unsqueeze(1)).squeeze(-1)
+        stream = F.pad(F.embedding(input, self.codes).float(), (0, 1))
+        # Eight bits lie in two bytes, wherever they begin: below 2**16, so quotients and remainders are exact in fp32.
+        words = stream[..., self.byte] + 256 * stream[..., self.byte + 1]
+        low, high, size, first = self.parts
+        places = torch.floor(words / low) - size * torch.floor(words / high) + first
+        levels = F.embedding(places.to(torch.int32), self.levels.unsqueeze(1)).squeeze(-1)
         rows = levels.float() @ self.axes.float()
         return rows if self.padding is None else rows * input.ne(self.padding).unsqueeze(-1)
 
