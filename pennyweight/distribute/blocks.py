@@ -56,11 +56,16 @@ def built(spec: Spec, seed: int, allow: Sequence[str] = ()) -> tuple[nn.Module, 
 
     A factory of the user's own is built whole, since what it does to a table afterwards is not known.
     """
-    if not spec.factory.startswith("pennyweight.model."):
+    if not apart(spec):
         return specs.seeded(spec, seed, allow), {}
     with _Nowhere() as mode, _tables(mode):
         module = specs.seeded(spec, seed, allow)
     return module, {key: fill for key, (_, fill) in mode.fills.items()}
+
+
+def apart(spec: Spec) -> bool:
+    """Whether large tables of a model lie on no device while it is built."""
+    return spec.factory.startswith("pennyweight.model.")
 
 
 class _Nowhere(TorchFunctionMode):

@@ -39,7 +39,7 @@ from pennyweight.core.config import dumps, encode, loads, write
 from pennyweight.core.errors import ConfigError, DataError, DeviceError, PennyweightError, StorageError
 from pennyweight.data.dataset import Dataset, How
 from pennyweight.distribute import checkpoint, ways
-from pennyweight.distribute.blocks import built
+from pennyweight.distribute.blocks import apart, built
 from pennyweight.distribute.codec import Kind
 from pennyweight.distribute.crew import Crew, Wires
 from pennyweight.distribute.wire import Lost, between
@@ -128,9 +128,13 @@ def _work(home: Path, job: Job) -> None:
     replicas = _replicas(job)
     wires = Wires(replicas, wait)
     guard = contextlib.ExitStack()
-    if job.memory_bytes:  # what was taken to begin with, Python, PyTorch and threads, is no part of it
-        guard.enter_context(memory.guarded(job.memory_bytes))
+    if job.memory_bytes:
+        _load(job.recipe)
+        if not apart(job.spec):  # a model that is built whole is to be built within the limit
+            guard.enter_context(memory.guarded(job.memory_bytes))
     module, fills = built(job.spec, job.seed, job.allow)
+    if job.memory_bytes and apart(job.spec):
+        guard.enter_context(memory.guarded(job.memory_bytes))
     crew = Crew(
         module, _placed(job, module, replicas), every=job.every, timeout=wait, balance=job.balance, traffic=job.traffic,
         fills=fills, lean=job.memory_bytes > 0, wires=wires,
@@ -155,6 +159,15 @@ def _work(home: Path, job: Job) -> None:
         raise StorageError(f"the trained model could not be written to {home}; free some room and start again")
     dist.barrier()
     dist.destroy_process_group()
+
+
+def _load(recipe: Recipe) -> None:
+    """Let PyTorch load what it needs to train, which is no part of a limit: Python, PyTorch, threads."""
+    layer = nn.Linear(2, 1)
+    optimizer = train.optimizer(layer, recipe)
+    layer(torch.ones(1, 2)).sum().backward()
+    if optimizer is not None:
+        optimizer.step()
 
 
 def _replicas(job: Job) -> int:
