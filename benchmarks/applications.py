@@ -217,7 +217,7 @@ def _spam(_: int, o: Setting) -> Question:
     return _text(loaders.sms_spam(o.data / "sms-spam", _folder() / "spam"), 0, o, seconds=400)
 
 
-def _text(parts: Split, seed: int, o: Setting, seconds: float = 200) -> Question:
+def _text(parts: Split, seed: int, o: Setting, seconds: float = 260) -> Question:
     def search() -> Pair:
         net, fit = text.trained(parts, seed)
         length = parts.train.schema["text"].length

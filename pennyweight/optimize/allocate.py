@@ -166,7 +166,7 @@ def menu(
     while waiting and time.monotonic() < ends:
         paths = waiting.pop(0)
         before = Choice((), sum(sizes[p] for p in paths), 0.0, _ms(layers, paths, rates, candidates))
-        choices = [before, *_tried(bundle, env, paths, layers, judge, rates, candidates)]
+        choices = [before, *_tried(bundle, env, paths, layers, judge, rates, candidates, ends)]
         if len(choices) > 1:
             groups.append(Group(tuple(paths), tuple(_undominated(choices))))
     if waiting and not groups:
@@ -209,19 +209,22 @@ def _grouped(layers: Mapping[str, Layer], sizes: Mapping[str, int]) -> Iterator[
 
 
 def _options(layer: Layer, paths: tuple[str, ...], rows: bool) -> Iterator[Transform]:
-    """Data types a layer may have, its paths named."""
+    """Data types a layer may have, its paths named; what is quick to try, or often chosen, comes first."""
     if isinstance(layer, Table):
-        for kind in ("fp16", "int8", "int4", "int2"):
+        for kind in ("int8", "int4"):
+            yield QuantizeTables(kind, only=paths)
+        if layer.layout == "full" and layer.data_type == "fp32":
+            for rate in dict.fromkeys(max(1, round(r * layer.dim / 8)) * 8 / layer.dim for r in RATES):
+                yield CodeAxes(min(rate, 8.0), only=paths)
+        yield DropFields(None, only=paths)
+        for kind in ("fp16", "int2"):
             yield QuantizeTables(kind, only=paths)
         if layer.layout == "full" and layer.data_type == "fp32":
             for bits, width in CODES:
                 if width < layer.dim:
                     yield CodeTables(bits, width, "fp16" if width == 1 else "int8", only=paths)
-            for rate in dict.fromkeys(max(1, round(r * layer.dim / 8)) * 8 / layer.dim for r in RATES):
-                yield CodeAxes(min(rate, 8.0), only=paths)
-        yield DropFields(None, only=paths)
         return
-    for wide in ("fp16", "int8"):
+    for wide in ("int8", "fp16"):
         yield QuantizeDense(wide, only=paths)
     for few in ("int4", "int3", "int2"):
         yield QuantizeDense(few, only=paths, feedback=rows)
@@ -235,10 +238,13 @@ def _tried(
     judge: Judge,
     rates: Rates | None,
     candidates: int,
+    ends: float,
 ) -> Iterator[Choice]:
-    """Choices that can be applied, each measured alone."""
+    """Choices that can be applied, each measured alone; when the time is over, no more than the first."""
     rows = env.calib is not None or env.train is not None
-    for transform in _options(layers[paths[0]], tuple(paths), rows):
+    for number, transform in enumerate(_options(layers[paths[0]], tuple(paths), rows)):
+        if number and time.monotonic() > ends:
+            return
         with contextlib.suppress(PlanError):
             changed = transform.apply(bundle, env)
             sizes = sum(_bytes(changed.model, p) for p in paths)

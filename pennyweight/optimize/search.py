@@ -98,8 +98,8 @@ BOLDER = 2.0
 LOOKING = 0.3
 """Share of the compute cap after which no structure is looked at untrained."""
 
-LISTING = 0.85
-"""Share of what is left that measuring an allocator's choices may take."""
+LISTING = 0.6
+"""Share of what is left that measuring an allocator's choices may take; the rest is for trying the mixes."""
 
 FINALISTS = 12
 """Plans put to the proof at most: each must be proven for the next to be tested, so more of them cost scoring alone."""
@@ -551,6 +551,8 @@ class Search:
                 self.allocate(trained)
             room *= BOLDER if held else 1 / BOLDER
             open_ = [r for r in open_ if not (stronger(rung.levels, r.levels) if held else stronger(r.levels, rung.levels))]
+        if free and not any(self.acceptable(t) for t in self.trials):
+            self.allocate(())  # no structure came through, and bits alone may
 
     def _unrecovered(self, rungs: Sequence[Rung]) -> dict[Levels, float]:
         """What each structure is taken to lose on validation, by what its parts lose before any training.
