@@ -7,7 +7,7 @@ EXTRAS := serve,report,onnx,index,keras,bench,test
 ONE := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 .DEFAULT_GOAL := help
 .SUFFIXES:
-.PHONY: help env demo test lint format type docs bench test-browser test-slow gpu-check browser-example image-check cluster-demo clean
+.PHONY: help env demo test lint format type docs bench fuzz test-browser test-slow gpu-check browser-example image-check cluster-demo clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z%-]+:.*## /{printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -50,6 +50,11 @@ bench: ## list the benchmarks
 
 bench-%: .venv/stamp ## run one (ARGS=--quick checks the harness only)
 	$(BIN)/python -m benchmarks.$* $(ARGS)
+
+fuzz: .venv/stamp ## ask the service whatever its OpenAPI description allows (Schemathesis, in an environment of its own)
+	@test -x .venv/fuzz/bin/schemathesis || { $(PYTHON) -m venv .venv/fuzz && \
+	  .venv/fuzz/bin/python -m pip install --quiet --disable-pip-version-check schemathesis==4.32.5; }
+	$(BIN)/python -m tests.serve.fuzz .venv/fuzz/bin/schemathesis $(ARGS)
 
 .venv/browser: .venv/stamp
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[browser]'

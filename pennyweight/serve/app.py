@@ -313,9 +313,21 @@ async def _serve(
             asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, _exchange, service)
         signal.signal(signal.SIGINT, signal.default_int_handler)
         with contextlib.suppress(KeyboardInterrupt):  # uvicorn raises what it caught again, once it has stopped
-            await uvicorn.Server(config).serve(sockets=[listener])
+            await _Server(config, service).serve(sockets=[listener])
     finally:
         await service.close()
+
+
+class _Server(uvicorn.Server):
+    """Uvicorn, whose stop does not wait for another bundle."""
+
+    def __init__(self, config: uvicorn.Config, service: Service) -> None:
+        super().__init__(config)
+        self._service = service
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        self._service.abandon()
+        await super().shutdown(sockets)
 
 
 def _devices(bundle: Bundle) -> tuple[str, int]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import select
 import signal
 import socket
 import struct
@@ -30,6 +31,8 @@ RUN = struct.Struct("<BxxxIIIQQ")
 RAN = struct.Struct("<BxxxId")
 """A batch that was run: ``G``; its number; seconds it took here."""
 GO = ord("G")
+WATCH_S = 0.05
+"""Seconds between two looks at whether the front is there, while loading."""
 GENTLE = 5
 """Niceness of a loader that lets others go first: a third of what they get; at 19 it may never be ready on a busy machine."""
 
@@ -105,7 +108,10 @@ class _Child:
         assert isinstance(start, Start)
         thread = threading.Thread(target=self._load, args=(start,))
         thread.start()
-        thread.join()
+        while thread.is_alive():
+            if select.select([self.control], [], [], WATCH_S)[0] and not self.control.recv(1, socket.MSG_PEEK):
+                os._exit(0)  # the front is gone: nobody waits for what is being loaded
+            thread.join(WATCH_S)
         if not self.workers:
             return
         while (message := self._received()) is not None:

@@ -165,8 +165,6 @@ class Pool:
         self._started = 0
         self._failures = 0
         self._stopping = False
-        self.swapping = False
-        """Whether another bundle is being loaded."""
         self._tasks: set[asyncio.Task[None]] = set()
         self._watch: asyncio.TimerHandle | None = None
         self._refill: asyncio.TimerHandle | None = None
@@ -504,7 +502,7 @@ class Pool:
     # -- another bundle ------------------------------------------------------------------------------------------------------
 
     async def swap(self, folder: Path, policy: Policy, *, tolerance: float, requests: int, seconds: float) -> Difference:
-        """Serve another bundle from now on, if its scores agree with this one's.
+        """Serve another bundle from now on, if its scores agree with this one's; one exchange at a time.
 
         Args:
             folder: of the other bundle.
@@ -515,11 +513,8 @@ class Pool:
 
         Raises:
             BundleError, ConfigError, DeviceError: it cannot be loaded or served.
-            Conflict: another is being loaded, or the scores differ; this bundle goes on serving.
+            Conflict: the scores differ; this bundle goes on serving.
         """
-        if self.swapping:
-            raise Conflict("another bundle is being loaded; wait for it")
-        self.swapping = True
         other = Edition(folder, policy)
         known = {
             v.name: curves.get(self._device) for v, curves in zip(self.edition.variants, self.scheduler.curves(), strict=True)
@@ -542,8 +537,6 @@ class Pool:
         except BaseException:
             await self._end([m for m in new if m.state != "serving"])
             raise
-        finally:
-            self.swapping = False
 
     async def _compared(self, member: Member, requests: int, seconds: float) -> Difference:
         """Score what is answered by the other bundle too."""

@@ -31,6 +31,7 @@ from pennyweight.serve.engine import Answer, Asked, Engine, Local
 from pennyweight.serve.lookup import Lookup
 from pennyweight.serve.metrics import Metrics
 from pennyweight.serve.pool import Pool
+from pennyweight.serve.shadow import Difference
 from pennyweight.serve.store import NOBODY, State, Store, opened
 from pennyweight.serve.worker import By, Ids, Query, servable
 
@@ -71,6 +72,8 @@ class Service:
         self._reads_history = history is not None
         items = self.catalog.vocabulary(self.catalog.schema.item.name)
         self.metrics = Metrics(self.policy)
+        self._exchanging = False
+        self._exchange: asyncio.Task[Difference] | None = None
         self.engine = engine(self.metrics) if engine is not None else Local(bundle, allow, self.metrics)
         self.store = Store(opened(log), items, history.length if history else HISTORY)
 
@@ -133,22 +136,35 @@ class Service:
         """Serve another bundle from now on, or the one that its folder holds now, if their scores agree."""
         if not isinstance(self.engine, Pool):
             raise Conflict("one process serves this bundle; start the service with workers to exchange it")
-        if ask.bundle in (".", "..") or "/" in ask.bundle or "\\" in ask.bundle:
+        if ask.bundle in (".", "..") or any(sign in ask.bundle for sign in "/\\\0"):
             raise RequestError(f"bundle {ask.bundle!r} is no folder's name; name one beside the bundle that is served")
         now = self.engine.edition.folder
         folder = now.parent / ask.bundle if ask.bundle else now
         tolerance = math.inf if ask.tolerance is None else ask.tolerance
+        if self._exchanging:
+            raise Conflict("another bundle is being loaded; wait for it")
+        self._exchanging = True
         try:
             other = await asyncio.get_running_loop().run_in_executor(None, self._other, folder)
-            found = await self.engine.swap(
-                folder, other.policy, tolerance=tolerance, requests=ask.requests, seconds=ask.seconds
-            )
+            wanted = {"tolerance": tolerance, "requests": ask.requests, "seconds": ask.seconds}
+            self._exchange = asyncio.create_task(self.engine.swap(folder, other.policy, **wanted))  # type: ignore[arg-type]
+            await asyncio.wait([self._exchange])
+            if self._exchange.cancelled():
+                raise Conflict("the service is stopping; the other bundle will not serve")
+            found = self._exchange.result()
         except PennyweightError as error:
             self.metrics.swap("refused")
             raise error if isinstance(error, RequestError) else Conflict(str(error)) from error
+        finally:
+            self._exchanging = False
         self.metrics.swap("done")
         self.policy, self._bytes = other.policy, other.bytes
         return m.Swapped(folder.name, found.requests, found.median)
+
+    def abandon(self) -> None:
+        """Let go of another bundle that is being loaded: the service is about to stop."""
+        if self._exchange is not None:
+            self._exchange.cancel()
 
     def _other(self, folder: Path) -> Bundle:
         """A bundle that can take this one's place: the same ids must mean the same, since requests that wait hold them."""

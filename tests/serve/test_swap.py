@@ -124,6 +124,22 @@ def test_a_bundle_that_fails_on_live_requests_is_rolled_back(service: Client, fr
     assert all(a.status_code == 200 for a in answers)
 
 
+def test_an_exchange_is_let_go_when_the_service_stops(service: Client, frail: Frail) -> None:
+    frail.save("never", POLICY)
+    ours = service.service
+
+    async def scene() -> httpx.Response:
+        ask = {"bundle": "never", "seconds": 600}
+        task = asyncio.create_task(service.http.post("/swap", json=ask, headers=ENTITLED))
+        while ours._exchange is None or ours._exchange.done():
+            await asyncio.sleep(0.01)
+        ours.abandon()
+        return await task
+
+    assert "the service is stopping" in error(service.run(scene()), 409)
+    assert len(ours.engine.members) == 1 and score(service, 1)
+
+
 def test_scores_that_agree_take_over_without_an_error(service: Client, frail: Frail) -> None:
     """Twice the scores and a thousandth more of the first: the order is the same within the tolerance."""
     frail.save("two", POLICY, scale=1.001)
