@@ -1,6 +1,7 @@
 """Many workers give what one gives: every loss, every metric, the weights; whatever is cut, killed or started again."""
 
 import dataclasses
+import json
 import os
 import signal
 import socket
@@ -10,12 +11,15 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
+from typer.testing import CliRunner
 
+from pennyweight.cli import app
 from pennyweight.core.errors import ConfigError, DataError, DeviceError
 from pennyweight.data.dataset import Dataset
 from pennyweight.distribute import launch
 from pennyweight.distribute.launch import Many
 from pennyweight.model import ranking, retrieval, sequential, train
+from pennyweight.model.bundle import load
 from pennyweight.model.hashed import Hashed
 from pennyweight.model.placement import Placement, Shard
 from pennyweight.model.spec import Spec, seeded, spec_of
@@ -155,6 +159,19 @@ def test_stopped_on_three_workers_and_gone_on_with_by_two(
     done = together(spec, folder, LONGER, tmp_path, Many(2, "table"), heard)
     assert done[2].fit.stopped == "epochs"
     same(alone(spec, folder, LONGER, monkeypatch), done)
+
+
+def test_the_same_command_leaves_the_same_bundle(folder: Path, tmp_path: Path) -> None:
+    words = ["train", str(folder), "--split", "random", "--batch", "96", "--epochs", "2", "--dim", "8", "--hidden", "24,16"]
+    for name, more in (("one", []), ("two", ["--workers", "2", "--placement", "grid", "--every", "9"])):
+        done = CliRunner().invoke(app, [*words, "--out", str(tmp_path / name), *more])
+        assert done.exit_code == 0, done.output
+    one, two = (json.loads((tmp_path / name / "bundle" / "manifest.json").read_text()) for name in ("one", "two"))
+    weights = [made["files"].pop("weights.safetensors") for made in (one, two)]
+    assert one == two and weights[0]["bytes"] == weights[1]["bytes"]
+    first, second = (load(tmp_path / name / "bundle").model.state for name in ("one", "two"))
+    assert all(torch.allclose(first[k].double(), second[k].double(), rtol=1e-3, atol=1e-4) for k in first)
+    assert not (tmp_path / "two" / "workers").exists()
 
 
 def test_a_checkpoint_of_another_model_is_refused_by_one_error(folder: Path, tmp_path: Path) -> None:
