@@ -9,6 +9,7 @@ so that both are judged by one code. The client speaks just enough HTTP, since i
 from __future__ import annotations
 
 import asyncio
+import collections
 import dataclasses
 import os
 import re
@@ -31,6 +32,8 @@ from pennyweight.model.bundle import Policy
 from pennyweight.schedule.simulate import FATES, Replay, capacity, fluid
 from pennyweight.serve import binary
 
+CONNECTIONS = 512
+"""At most; a server that falls behind is not to be measured by how it opens thousands."""
 LOST, CUT = 0, -1
 """In place of a status: no answer within the time; the connection was cut."""
 START_S = 300
@@ -87,6 +90,8 @@ class Asker:
         self.when = np.full(total, np.inf)
         self.bodies: list[bytes] = [b""] * total
         self.idle: list[Connection] = []
+        self.waiting: collections.deque[int] = collections.deque()
+        """Requests that are due and have no connection; their time runs."""
         self.open = 0
         self.left = total
         self.done = asyncio.Event()
@@ -97,6 +102,8 @@ class Asker:
             connection = self.idle.pop()
             if not connection.transport.is_closing():
                 return connection.ask(place, data)
+        if self.open >= CONNECTIONS:
+            return self.waiting.append(place)
         try:
             self.open += 1
             _, made = await asyncio.get_running_loop().create_connection(lambda: Connection(self), self.host, self.port)
@@ -108,7 +115,10 @@ class Asker:
     def answered(self, connection: Connection, place: int, status: int, body: bytes, closing: bool) -> None:
         self.when[place] = time.perf_counter()
         self.bodies[place] = body
-        if not closing:
+        if not closing and self.waiting:
+            following = self.waiting.popleft()
+            connection.ask(following, self.request(following))
+        elif not closing:
             self.idle.append(connection)
         self._end(place, status)
 
@@ -116,6 +126,8 @@ class Asker:
         self.open -= 1
         if connection.place >= 0:
             self._end(connection.place, CUT)
+        if self.waiting:
+            self.again = asyncio.get_running_loop().create_task(self.send(self.waiting.popleft()))
 
     def _end(self, place: int, status: int) -> None:
         self.status[place] = status

@@ -101,4 +101,4 @@ class Overloaded(RequestError):
         super().__init__(message)
         self.retry_after = retry_after
         self.reason = reason
-        """``late``, ``full``, ``quota`` or ``guard``: what sheds are counted by."""
+        """``late``, ``full``, ``quota``, ``guard`` or ``swap``: what sheds are counted by."""

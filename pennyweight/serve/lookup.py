@@ -60,7 +60,7 @@ class Lookup:
             NotFound: one of them is not there.
         """
         names, ids = self._numbered
-        if isinstance(values, np.ndarray) or len(values) > FEW:  # one by one is faster for a few
+        if len(values) > FEW:  # one by one is faster for a few
             try:
                 asked = np.asarray(values, np.int64) if isinstance(values, np.ndarray) else _integers(values)
             except TypeError:
@@ -70,8 +70,9 @@ class Lookup:
                 if (names[places] == asked).all():
                     found: Ids = ids[places]
                     return found
-            values = asked.tolist()
-        return np.fromiter((self.id(v) for v in values), np.int64)
+            values = asked
+        each: Iterable[Value] = values.tolist() if isinstance(values, np.ndarray) else values
+        return np.fromiter((self.id(v) for v in each), np.int64)
 
     def liked(self, values: Iterable[Value]) -> Ids:
         """The ids of items named by their id, or by their whole title with the year in brackets or without."""

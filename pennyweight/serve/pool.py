@@ -367,7 +367,15 @@ class Pool:
             ticket = piece.ticket
             stop = None if piece.stop == ticket.items else piece.stop
             parts.append((ticket.value[0].packed, piece.start, stop))
-        self._fly(member, parts, batch.variant, batch)
+        try:
+            self._fly(member, parts, batch.variant, batch)
+        except OSError as error:  # no memory for a larger slot
+            asyncio.get_running_loop().call_soon(self._grounded, batch, error)
+
+    def _grounded(self, batch: Batch, error: OSError) -> None:
+        """A batch could not be handed over; its worker is well."""
+        settle_all(self.scheduler.failed(batch), error)
+        self._desk.pump()
 
     def _fly(
         self,

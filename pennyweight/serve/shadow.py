@@ -20,6 +20,8 @@ import numpy as np
 
 from pennyweight.serve.worker import Floats, Query, Ranked
 
+ANSWER_S = 10.0
+"""Seconds the other bundle has for one request; it may be hanging."""
 WAITING = 64
 """Requests that wait for their second score at most; those who come then are not compared."""
 
@@ -67,15 +69,19 @@ class Shadow:
         """What came of so many requests, or of those that came in time."""
         found: list[float] = []
         failed = 0
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(seconds):
-                while len(found) + failed < self._wanted:
-                    query, ranked, variant = await self._queue.get()
-                    try:
-                        other = await self._score(query, variant)
-                        found.append(apart(ranked.scores, other.scores))
-                    except (RuntimeError, ValueError):
-                        failed += 1
+        loop = asyncio.get_running_loop()
+        end = loop.time() + seconds
+        while len(found) + failed < self._wanted:
+            try:
+                query, ranked, variant = await asyncio.wait_for(self._queue.get(), max(0.0, end - loop.time()))
+            except TimeoutError:
+                break
+            try:
+                async with asyncio.timeout(ANSWER_S):
+                    other = await self._score(query, variant)
+                found.append(apart(ranked.scores, other.scores))
+            except (RuntimeError, ValueError, TimeoutError):
+                failed += 1
         return Difference(len(found), statistics.median(found) if found else 0.0, max(found, default=0.0), failed)
 
 

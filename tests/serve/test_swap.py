@@ -13,6 +13,7 @@ from pennyweight.core.curve import Curve
 from pennyweight.core.errors import Conflict
 from pennyweight.model.bundle import Policy, Priority, Variant, save
 from pennyweight.serve import messages as m
+from pennyweight.serve import shadow as shadows
 from pennyweight.serve.shadow import Difference, Shadow, apart
 from pennyweight.serve.worker import Query, Ranked
 from tests.serve.conftest import Client, Frail, known, pooled
@@ -260,6 +261,21 @@ def test_a_shadow_scores_the_candidates_of_the_answer_and_stops_when_it_has_enou
 
     assert asyncio.run(scene()) == Difference(2, 0.0, 0.0)
     assert asked == [([7, 9], "one", 0)] * 2
+
+
+def test_a_bundle_that_hangs_is_no_agreement(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shadows, "ANSWER_S", 0.01)
+
+    async def hang(query: Query, variant: str) -> Ranked:
+        await asyncio.sleep(3600)
+        raise AssertionError
+
+    async def scene() -> Difference:
+        shadow = Shadow(hang, 1)
+        shadow.feed(Query(1, np.empty(0, np.int64)), Ranked(np.array([7, 9]), floats(3, 4)), "one")
+        return await shadow.judged(10)
+
+    assert not asyncio.run(scene()).within(math.inf)
 
 
 def test_a_shadow_without_traffic_does_not_wait_for_ever() -> None:
