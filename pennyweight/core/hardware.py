@@ -87,9 +87,14 @@ class Rates:
     """Bytes of rows or of weights that are read or written."""
     call_us: float = 0.0
     """One operation called on next to nothing, in microseconds."""
+    ids: float = 1e7
+    """Ids sorted and made distinct."""
 
     def __post_init__(self) -> None:
-        if not all(math.isfinite(v) and v > 0 for v in (self.flops, self.rows, self.bytes)) or not 0 <= self.call_us < math.inf:
+        if (
+            not all(math.isfinite(v) and v > 0 for v in (self.flops, self.rows, self.bytes, self.ids))
+            or not 0 <= self.call_us < math.inf
+        ):
             raise ConfigError(f"rates are finite and above 0, got {self}")
 
 

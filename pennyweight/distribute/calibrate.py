@@ -77,7 +77,7 @@ def resized(topology: Topology, hosts: int, workers: int, memory_bytes: int = 0)
 def rates(seconds: float = 2.0) -> Rates:
     """What one thread does on this machine."""
     with _one_thread():
-        each = seconds / 4
+        each = seconds / 5
         generator = torch.Generator().manual_seed(0)
         small = nn.Linear(8, 8)
         x = torch.randn(1, 8)
@@ -90,7 +90,9 @@ def rates(seconds: float = 2.0) -> Rates:
         moved = 4 * ASKED * (64 - 4) * 2  # read from the table and written to the result
         byte = max(broad - narrow, 1e-9) / moved
         row = max(narrow - 4 * ASKED * 4 * 2 * byte, narrow / 4) / ASKED
-        return Rates(flops / max(dense - 3 * nothing, 1e-9), 1 / row, 1 / byte, nothing * 1e6)
+        many = torch.randint(0, TABLE // 64, (ASKED,), generator=generator)
+        distinct = _time(lambda: many.unique(return_inverse=True), each)
+        return Rates(flops / max(dense - 3 * nothing, 1e-9), 1 / row, 1 / byte, nothing * 1e6, ASKED / distinct)
 
 
 def _lookup(dim: int, seconds: float, generator: torch.Generator) -> float:

@@ -38,8 +38,10 @@ SPREAD = 3
 """Exchanges for what several workers hold alike: counts, ids, gradients."""
 MESSAGE = 0.1
 """What posting one more message takes, over the latency of a link: a message's handling, not its way."""
+ASKING = 1.5
+"""Sorts of a worker's ids that asking others for their rows takes: once for the distinct ones, and a search for each."""
 HANDLED = 12
-"""Operations that a table costs each worker besides its rows, where workers share the work."""
+"""Operations that a table costs each worker besides its rows, and a norm each way, where workers share the work."""
 BACKWARD = 2.0
 """Operations of a dense layer's backward over its forward's: gradients of inputs and of weights."""
 TOUCHES = 4.0
@@ -66,6 +68,8 @@ class Share:
     """Rows looked up, for others too."""
     moved: Floats
     """Bytes of rows read and written."""
+    sorted: Floats
+    """Ids sorted: to find the distinct ones, and to add up what belongs to the same row."""
     sent: Floats
     """Bytes sent in each exchange, ``[4, group]``, as ``EXCHANGES`` names them."""
     received: Floats
@@ -81,7 +85,7 @@ class Share:
     def nothing(cls, group: int) -> Share:
         """Of no table at all."""
         one, four = np.zeros(group), np.zeros((4, group))
-        return cls(one, one, one, four, four)
+        return cls(one, one, one, one, four, four)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,7 +93,7 @@ class Step:
     """Where the time of a step goes, in seconds."""
 
     lookup: float
-    """Rows found, read and written by the busiest worker."""
+    """Rows found, read and written by the busiest worker, ids sorted."""
     dense: float
     ids: float
     rows: float
@@ -209,6 +213,9 @@ class Setting:
         rows = table.distinct(ids)
         wide = NUMBER * table.dim
         held, found, moved = np.zeros(self.group), np.zeros(self.group), np.zeros(self.group)
+        # One worker sorts its ids too where it trains touched rows; a timed step has that in it.
+        own = ids if self.work.timed is None or self.work.update == "dense" else 0.0
+        sorts = np.full(self.group, own)
         sent, received = np.zeros((4, self.group)), np.zeros((4, self.group))
         if shard is None:
             entry = rows * (ID + wide)
@@ -216,7 +223,8 @@ class Setting:
             held[:] = self.work.kept(table)
             found[:] = rows * self.world if self.work.update != "dense" else table.rows
             moved[:] = (2 * rows + 2 * found) * wide
-            return Share(held, found, moved, sent, received)
+            sorts += rows * self.world * (self.world > 1)
+            return Share(held, found, moved, sorts, sent, received)
         down, across = shard.blocks
         others = self.group - 1
         holders = list(shard.ranks)
@@ -235,12 +243,14 @@ class Setting:
         held[holders] = self.work.kept(table) / len(holders)
         looked = min(self.group * part, table.rows / down) if self.work.update != "dense" else table.rows / down
         found[holders] = self.group * part
+        sorts += ASKING * ids
+        sorts[holders] += 2 * self.group * part
         moved[holders] = (self.group * part * (TOUCHES / 2) + looked * (TOUCHES / 2)) * wide / across
         if self.replicas > 1:  # the same block lives in every group: its touched rows are summed across
             entry = looked * (ID + wide / across)
             sent[3, holders] += (self.replicas - 1) * entry
             received[3, holders] += (self.replicas - 1) * entry
-        return Share(held, found, moved, sent, received)
+        return Share(held, found, moved, sorts, sent, received)
 
     def dense(self, cuts: Mapping[str, Cut] | None = None) -> Share:
         """What the dense layers add: weights, and their gradients summed over all workers but for those that are cut."""
@@ -262,7 +272,7 @@ class Setting:
         sent[1] = sent[2] = gathered
         held = np.full(g, HELD * (whole + inside / g))
         none = np.zeros(g)
-        return Share(held, none, none, sent, sent.copy())
+        return Share(held, none, none, none, sent, sent.copy())
 
     def memory(self, total: Share) -> Floats:
         """Bytes each worker holds at the most while it does ``total``: weights, activations, and the largest exchange."""
@@ -279,14 +289,14 @@ class Setting:
         """Seconds each worker looks up, with a core to itself."""
         rates = self.topology.rates
         assert rates is not None
-        found: Floats = total.found / rates.rows + total.moved / rates.bytes
+        found: Floats = total.found / rates.rows + total.moved / rates.bytes + total.sorted / rates.ids
         return found
 
     def step(self, total: Share, apart: int, cut: Sequence[Layer] = ()) -> Step:
         """Seconds of a step in which the workers do ``total``, with so many tables cut."""
         rates, crowd, work = self.topology.rates, self.topology.crowding, self.work
         assert rates is not None
-        handled = HANDLED * len(work.tables) * rates.call_us / 1e6 if self.world > 1 else 0.0
+        handled = HANDLED * (len(work.tables) + 2 * work.norms) * rates.call_us / 1e6 if self.world > 1 else 0.0
         lookup = (float(self.busy(total).max()) + handled) * crowd
         times = dict.fromkeys(EXCHANGES, 0.0)
         for k, name in enumerate(EXCHANGES[:3]):

@@ -109,6 +109,9 @@ class Stage:
             if process.is_alive():
                 process.kill()
                 process.join()
+        for queued in (*self.orders, self.answers):
+            queued.close()
+            queued.cancel_join_thread()
         self.folder.cleanup()
 
     def measure(self, trial: Trial) -> Measured:

@@ -140,7 +140,7 @@ def test_tables_are_planned_as_a_run_trains_them() -> None:
 def test_rates_are_what_a_processor_can_do() -> None:
     found = calibrate.rates(0.2)
     assert 1e8 < found.flops < 1e13 and 1e5 < found.rows < 1e10 and 1e8 < found.bytes < 1e12
-    assert 0 < found.call_us < 1e4
+    assert 0 < found.call_us < 1e4 and 1e4 < found.ids < 1e10
 
 
 def test_a_line_is_fitted_to_messages_of_all_sizes() -> None:
