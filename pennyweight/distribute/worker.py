@@ -87,6 +87,7 @@ class Job:
 def main(folder: str, job: str) -> None:
     """Train as the worker that the environment says, or say why not and end with status 1."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the launcher, which asks all to stop at one step
+    threading.stack_size(1 << 20)  # of a watcher and a writer; the usual 8 MiB would count as memory taken
     home = Path(folder)
     if (home / "error.json").exists():
         return
