@@ -299,7 +299,7 @@ async def _serve(
             App(service, os.environ.get("PENNYWEIGHT_TOKEN", "")),
             http=Guarded,
             lifespan="off",
-            log_level="warning",
+            log_level="error",  # what is no HTTP is not worth a line each time
             access_log=False,
             server_header=False,
             ws="none",

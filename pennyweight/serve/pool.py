@@ -29,7 +29,7 @@ from typing import Literal
 
 import numpy as np
 
-from pennyweight.core import errors
+from pennyweight.core import errors, hardware
 from pennyweight.core.curve import TAIL, Curve
 from pennyweight.core.errors import Conflict, DeviceError, Overloaded, PennyweightError, Poison
 from pennyweight.model.bundle import Policy, Variant
@@ -235,7 +235,7 @@ class Pool:
         self._started += 1
         ours, theirs = socket.socketpair()
         slot = Slot.made()
-        threads = max(1, (os.cpu_count() or 1) // self._wanted)
+        threads = max(1, hardware.limits()[0] // self._wanted)
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(p or os.getcwd() for p in sys.path)}
         environment |= {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
         if self._device == "cuda":

@@ -27,8 +27,18 @@ def main(schemathesis: str, *options: str) -> int:
         serve = [sys.executable, "-m", "pennyweight", "serve", str(folder), "--port", "0", "--workers", "1", "--spares", "0"]
         with Process(serve) as service:
             url = f"http://{service.host}:{service.port}/openapi.json"
-            ask = [schemathesis, "run", url, "--checks", "not_a_server_error", "--exclude-path", "/swap", "--seed", "1"]
-            found = subprocess.run([*ask, *options], check=False).returncode
+            ask = [
+                str(Path(schemathesis).absolute()),
+                "run",
+                url,
+                "--checks",
+                "not_a_server_error",
+                "--exclude-path",
+                "/swap",
+                "--seed",
+                "1",
+            ]
+            found = subprocess.run([*ask, *options], check=False, cwd=place).returncode
             service.process.send_signal(signal.SIGTERM)
             assert service.process.wait(60) == 0, "the service did not stop well"
         return found
