@@ -312,7 +312,7 @@ def swap(options: Options) -> Sequence[Row]:
             await asyncio.sleep(begin + seconds / 4 - time.perf_counter())
             spans.append(time.perf_counter() - begin)
             reader, writer = await asyncio.open_connection(process.host, process.port)
-            ask = post("/swap", b'{"tolerance": 0}', "application/json", authorization=f"Bearer {token}")
+            ask = post("/swap", b'{"tolerance": 0, "seconds": 2}', "application/json", authorization=f"Bearer {token}")
             writer.write(ask)
             said.append(await reader.readuntil(b"\r\n"))
             spans.append(time.perf_counter() - begin)

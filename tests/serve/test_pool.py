@@ -21,7 +21,7 @@ from pennyweight.serve.slot import Packed, Slot, read_answers, read_queries, wri
 from pennyweight.serve.worker import Query, Ranked
 from tests.serve.conftest import BROKEN, DEADLY, SLOW, STUCK, Client, Frail, known, pooled
 
-CLASSES = (Priority("page", deadline_ms=60_000), Priority("mail", deadline_ms=120_000, share=0.5))
+CLASSES = (Priority("page", deadline_ms=600_000), Priority("mail", deadline_ms=1_200_000, share=0.5))
 TENANTS = (Tenant("shop", quota=10_000.0, burst_s=10.0), Tenant("poor", quota=0.001, burst_s=1.0), Tenant("*", quota=1e6))
 POLICY = Policy(batch=4, queue=100, classes=CLASSES, tenants=TENANTS, variants=known("best"))
 

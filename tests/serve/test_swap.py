@@ -19,7 +19,7 @@ from pennyweight.serve.worker import Query, Ranked
 from tests.serve.conftest import Client, Frail, known, pooled
 
 TOKEN = "a token"
-POLICY = Policy(deadline_ms=60_000, variants=known("one"))
+POLICY = Policy(deadline_ms=600_000, variants=known("one"))
 ENTITLED = {"authorization": f"Bearer {TOKEN}"}
 
 
