@@ -398,9 +398,6 @@ def plan(
             help="JSON of hosts, links, rates and prices; where there is no such file, what is measured is written there."
         ),
     ] = None,
-    cut_dense: Annotated[
-        bool, typer.Option("--cut-dense", help="Cut wide dense layers too; `train` keeps them whole.")
-    ] = False,
     rehearse: Annotated[int, typer.Option(help="Steps to train with the placement here, to hold against the prediction.")] = 0,
     scale: Annotated[bool, typer.Option("--scale", help="Also on paper: 2 to 4,096 workers, each with as many rows.")] = False,
     before: Annotated[str, typer.Option(help="What the model weighed before it was compressed, as 2GB.")] = "",

@@ -21,7 +21,7 @@ from pennyweight.core.budget import size
 from pennyweight.core.config import named
 from pennyweight.core.errors import ConfigError, PlanError
 from pennyweight.core.hardware import Topology
-from pennyweight.distribute import workload
+from pennyweight.distribute import place, workload  # noqa: F401  (registers its transform for who asks for the planner)
 from pennyweight.distribute.cost import Predicted, Setting
 from pennyweight.distribute.remedy import too_large
 from pennyweight.distribute.search import Search, cheapest, divisors

@@ -75,7 +75,8 @@ class Search:
         """What fits and takes the least time; where nothing fits, what comes nearest."""
         if self.every:
             return self._with_cuts(self._all())
-        starts = [self._greedy(), self._alike(whole=True), *([self._alike(whole=False)] if self.setting.group > 1 else [])]
+        starts = [self._greedy(), *([self._alike(whole=False)] if self.setting.group > 1 else [])]
+        starts += [self._alike(whole=True)] if self.setting.group <= MANY else []  # many workers, much to send to all
         made = min((self._improved(start) for start in starts), key=self._value)
         return self._with_cuts(self._thrifty(made))
 
@@ -122,7 +123,7 @@ class Search:
     def _improved(self, made: Made) -> Made:
         total = self._total(made)
         now = self._score(total, _apart(made))
-        for _ in range(PASSES):
+        for _ in range(PASSES if self.setting.group <= MANY else 2):
             before = now
             for path in self._order():
                 score, shard, moved = self._moved(made, path, total)
