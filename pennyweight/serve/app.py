@@ -284,6 +284,8 @@ async def _serve(
     engine: Callable[[Metrics], Engine] | None = None
     pool: list[Pool] = []
     loaded = bundles.load(path, mapped=True if workers != 0 else None)
+    if workers == 0:
+        sys.setswitchinterval(0.0005)  # the model's thread and this one take turns: 5 ms of waiting is most of an answer
     if workers != 0:
         device, usual = _devices(loaded)
 

@@ -150,7 +150,7 @@ def test_a_request_that_kills_workers_is_refused_as_poison_and_the_others_are_an
     assert "pennyweight_poison_total 1.0" in hurt("GET", "/metrics").text
 
 
-def test_a_model_that_fails_is_500_for_that_request_alone(hurt: Client, capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_model_that_fails_is_500_for_that_request_alone(hurt: Client, caplog: pytest.LogCaptureFixture) -> None:
     async def scene() -> list[httpx.Response]:
         users = [SLOW, SLOW, 15, BROKEN, 15]  # two hold the workers, so that three are joined
         tasks = []
@@ -162,7 +162,7 @@ def test_a_model_that_fails_is_500_for_that_request_alone(hurt: Client, capfd: p
     answers = hurt.run(scene())
     assert [a.status_code for a in answers] == [200, 200, 200, 500, 200]
     assert "secret" not in answers[3].text and len(hurt.service.engine.scheduler.workers) == 2
-    assert "a secret of the model" in capfd.readouterr().err
+    assert "a secret of the model" in caplog.text
 
 
 def test_a_client_that_leaves_is_forgotten(hurt: Client) -> None:
