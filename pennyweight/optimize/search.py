@@ -79,6 +79,9 @@ WAYS = 6.0
 MIXED = 0.85
 """Share of the bytes of a structure's smallest data types that a mix of them, layer by layer, is hoped to come down to."""
 
+TUNING = 0.15
+"""Share of the compute cap that choosing runtimes may take; looking at plans ends before."""
+
 TUNED = 3
 """Structures whose runtime is chosen by measurement: the cheapest plan may not be proven, and another's is another's."""
 
@@ -393,7 +396,7 @@ class Search:
             began = time.monotonic()
             bound = self._bound(structure, way)
             bounds.append(math.inf if bound is None else bound)
-            if self.left() - self.reserve < WAYS * (time.monotonic() - began):
+            if self.spare < WAYS * (time.monotonic() - began):
                 break
         return bounds.index(min(bounds))
 
@@ -424,7 +427,7 @@ class Search:
         """The environment with a watcher that records epochs and holds the cap."""
         if step.stage != "training":
             return self.env
-        return dataclasses.replace(self.env, watch=self._hearing(run), deadline_s=max(1.0, self.left() - self.reserve))
+        return dataclasses.replace(self.env, watch=self._hearing(run), deadline_s=max(1.0, self.spare))
 
     def _hearing(self, run: str) -> Callable[[Progress | EpochLog], None]:
         def hear(event: Progress | EpochLog) -> None:
@@ -447,6 +450,12 @@ class Search:
         """Seconds kept back for the proof and the final timing; by what scoring took before, where that is all of it."""
         proof = 5.0 if self.options.objective == "cost" else 1.0 + 4 * self.scoring_s
         return min(0.25 * self.options.seconds, 10 * self.timing + proof)
+
+    @property
+    def spare(self) -> float:
+        """Seconds left for looking at plans: what proof and timing need is kept back, and what choosing their runtime does."""
+        tuning = min(TUNING * self.options.seconds, TUNED * 30 * self.options.timing_s)
+        return self.left() - self.reserve - (tuning if self.options.objective == "cost" else 0.0)
 
     def _validated(self, bundle: Bundle) -> Quality:
         return self._compared(self._outcomes(bundle, 1), self.valid_scores, 1)
@@ -607,7 +616,7 @@ class Search:
 
     def _affordable(self) -> bool:
         """Whether another training fits the cap beside the control and the proof."""
-        return self.left() - self.reserve > 2 * max(self.epoch_s * min(3, self.options.epochs), 1.0)
+        return self.spare > 2 * max(self.epoch_s * min(3, self.options.epochs), 1.0)
 
     def train_teachers(self) -> None:
         """More models by the recipe, from other seeds, while at most a third of the cap is gone."""
@@ -666,7 +675,7 @@ class Search:
         layers = described(bundle, self.env.allow)
         kept = (*self.forbidden, *(RETRIEVAL if staged(layers) else ()))
         self.say("allocate", "measuring what fewer bits cost each table and layer")
-        offered = allocate.menu(bundle, self.env, skip=kept, seconds=max(0.0, LISTING * (self.left() - self.reserve)))
+        offered = allocate.menu(bundle, self.env, skip=kept, seconds=max(0.0, LISTING * self.spare))
         if offered is None or not offered.groups:
             return
         head = bundle.bytes - sum(t.nbytes for t in bundle.model.state.values())
@@ -681,7 +690,7 @@ class Search:
         seen: set[Structure] = set()
         for _ in range(ALLOCATIONS):
             found = offered.within(int(target))
-            if found is None or found.transforms in seen or self.left() < self.reserve:
+            if found is None or found.transforms in seen or self.spare < 0:
                 break
             seen.add(found.transforms)
             trial = self.attempt((*trained, *fold, *found.transforms), self._foreseen(bundle, found.transforms), "allocated")
