@@ -91,7 +91,7 @@ def rates(seconds: float = 2.0) -> Rates:
         byte = max(broad - narrow, 1e-9) / moved
         row = max(narrow - 4 * ASKED * 4 * 2 * byte, narrow / 4) / ASKED
         many = torch.randint(0, TABLE // 64, (ASKED,), generator=generator)
-        distinct = _time(lambda: many.unique(return_inverse=True), each)
+        distinct = _time(lambda: torch.unique(many, return_inverse=True), each)
         return Rates(flops / max(dense - 3 * nothing, 1e-9), 1 / row, 1 / byte, nothing * 1e6, ASKED / distinct)
 
 
