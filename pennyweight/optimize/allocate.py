@@ -211,14 +211,12 @@ def _grouped(layers: Mapping[str, Layer], sizes: Mapping[str, int]) -> Iterator[
 def _options(layer: Layer, paths: tuple[str, ...], rows: bool) -> Iterator[Transform]:
     """Data types a layer may have, its paths named; what is quick to try, or often chosen, comes first."""
     if isinstance(layer, Table):
-        for kind in ("int8", "int4"):
-            yield QuantizeTables(kind, only=paths)
+        yield from (QuantizeTables("int8", only=paths), QuantizeTables("int4", only=paths))
         if layer.layout == "full" and layer.data_type == "fp32":
             for rate in dict.fromkeys(max(1, round(r * layer.dim / 8)) * 8 / layer.dim for r in RATES):
                 yield CodeAxes(min(rate, 8.0), only=paths)
         yield DropFields(None, only=paths)
-        for kind in ("fp16", "int2"):
-            yield QuantizeTables(kind, only=paths)
+        yield from (QuantizeTables("fp16", only=paths), QuantizeTables("int2", only=paths))
         if layer.layout == "full" and layer.data_type == "fp32":
             for bits, width in CODES:
                 if width < layer.dim:
