@@ -20,12 +20,12 @@ IMPORTED = """
     Budget Bundle Column Dataset Env Model Plan Recipe Result Schema Spec Transform Trial fit load optimize plan save spec_of
 """
 TRANSFORMS = (
-    "cache code-tables distill drop-fields drop-rows factor-dense fold-norms index narrow-tables place prune-neurons "
-    "quantize-dense quantize-onnx quantize-tables queue rotate-tables run share-rows split-rows substitute-tables "
+    "cache code-axes code-tables distill drop-fields drop-rows factor-dense fold-norms index narrow-tables place prune-neurons "
+    "quantize-dense quantize-onnx quantize-tables queue rotate-tables run share-rows split-rows spread substitute-tables "
     "subtract-centres train-rounded"
 )
 LAYERS = "bands clustered conv dense hashed hot-rows identity low-rank narrow norm quotient residual robe table tensor-train"
-COMMANDS = "apply bench compress demo doctor export inspect optimize report serve simulate train tune"
+COMMANDS = "apply bench compress demo doctor export inspect optimize plan report serve simulate train tune"
 
 
 def registered(base: type) -> str:

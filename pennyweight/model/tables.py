@@ -450,7 +450,11 @@ class AxesTable(Lookup):
         byte = (starts // 8).long()
         words = stream[:, byte] | stream[:, byte + 1] << 8  # eight bits lie in two bytes, wherever they begin
         places = (words >> starts % 8 & masks) + base
-        rows: Tensor = levels[places.long()] @ axes
+        found = levels[places.long()]
+        # Axis by axis, and not as a product of matrices, whose last digits depend on where in memory its parts lie.
+        rows = found.new_zeros(len(ids), axes.shape[1])
+        for axis, along in enumerate(axes):
+            rows.addcmul_(found[:, axis : axis + 1], along)
         return rows if self.padding_idx is None else rows * ids.ne(self.padding_idx).unsqueeze(1)
 
 
