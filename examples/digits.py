@@ -21,7 +21,7 @@ from pennyweight.model.train import Fit, Recipe
 RECIPE = Recipe(
     loss="cross-entropy", optimizer="adam", lr=1e-3, batch=64, epochs=10, patience=10, lr_decay=1.0, metric="accuracy"
 )
-BUDGET = "bytes <= 0.1x, p50 <= 0.2x, accuracy drop <= 0.003"
+BUDGET = "bytes <= 0.1x, p50 <= 0.33x, accuracy drop <= 0.003"
 
 
 def network(seed: int = 0) -> keras.Model:
