@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from markupsafe import Markup
@@ -219,28 +219,23 @@ def _short(path: str) -> str:
 def held(made: Made, measured: Measured | None = None) -> Draw:
     """Bytes of each rank by what they are for, against what it may hold."""
     names = {"tables": "var(--chosen)", "dense": "var(--other)", "activations": "var(--run4)", "buffers": "var(--control)"}
-    bars = [
-        {
-            "rank": r.rank,
-            "what": name,
-            "order": k,
-            "bytes": getattr(r, name),
-            "tip": f"rank {r.rank}: {size(getattr(r, name))} {name}",
-        }
-        for r in made.chosen.ranks[:MANY]
-        for k, name in enumerate(names)
-    ]
     points = [
         {"rank": k, "bytes": b, "tip": f"rank {k}: {size(b)} of weights and optimizer measured"}
         for k, b in _few(measured, "held")
     ]
-    return _bars(bars, names, "bytes", points)
+    return _bars(_each(made, names), names, "bytes", points)
 
 
 def traffic(made: Made, measured: Measured | None = None) -> Draw:
     """Bytes each rank sends and receives in a step."""
     names = {"sent": "var(--chosen)", "received": "var(--other)"}
-    bars = [
+    points = [{"rank": k, "bytes": b, "tip": f"rank {k}: {size(b)} sent, measured"} for k, b in _few(measured, "sent")]
+    return _bars(_each(made, names), names, "bytes", points, stacked=False)
+
+
+def _each(made: Made, names: Iterable[str]) -> list[dict[str, Any]]:
+    """A bar of bytes for each rank and field of it."""
+    return [
         {
             "rank": r.rank,
             "what": name,
@@ -251,8 +246,6 @@ def traffic(made: Made, measured: Measured | None = None) -> Draw:
         for r in made.chosen.ranks[:MANY]
         for k, name in enumerate(names)
     ]
-    points = [{"rank": k, "bytes": b, "tip": f"rank {k}: {size(b)} sent, measured"} for k, b in _few(measured, "sent")]
-    return _bars(bars, names, "bytes", points, stacked=False)
 
 
 def _few(measured: Measured | None, field: str) -> list[tuple[int, int]]:
