@@ -220,6 +220,8 @@ class Search:
     started: float = dataclasses.field(default_factory=time.monotonic)
     trials: list[Trial] = dataclasses.field(default_factory=list)
     bundles: dict[str, Bundle] = dataclasses.field(default_factory=dict)
+    vain: dict[str, str] = dataclasses.field(default_factory=dict)
+    """What trainings that found nothing better said, by plan."""
     epochs: list[Epoch] = dataclasses.field(default_factory=list)
     epoch_s: float = 0.0
     scoring_s: float = 1.0
@@ -364,10 +366,17 @@ class Search:
                 bundle, at = kept, k
                 break
         for k in range(at, len(made)):
-            step = made.transforms[k]
-            bundle = step.apply(bundle, self._listening(step, made.describe()))
-            if step.stage == "training":
-                self._remember(Plan(made.transforms[: k + 1]), bundle)
+            step, prefix = made.transforms[k], Plan(made.transforms[: k + 1])
+            if step.stage != "training":
+                bundle = step.apply(bundle, self.env)
+                continue
+            self._refused(prefix)
+            try:
+                bundle = step.apply(bundle, self._listening(made.describe()))
+            except PlanError as error:
+                self._refuse(prefix, error)
+                raise
+            self._remember(prefix, bundle)
         return bundle
 
     def recovered(self, structure: Structure) -> Structure:
@@ -423,10 +432,23 @@ class Search:
         if self.out is not None and not self.interrupted:
             save(bundle.replace(catalog=None), self.out / "trained" / _key(prefix))
 
-    def _listening(self, step: Transform, run: str) -> Env:
+    def _refused(self, prefix: Plan) -> None:
+        """Raise what a training of an earlier search, or of this one, ended with where it found nothing better."""
+        key = _key(prefix)
+        if key not in self.vain and self.known and self.out is not None and (self.out / "trained" / f"{key}.txt").exists():
+            self.vain[key] = (self.out / "trained" / f"{key}.txt").read_text(encoding="utf-8")
+        if key in self.vain:
+            raise PlanError(self.vain[key])
+
+    def _refuse(self, prefix: Plan, error: PlanError) -> None:
+        key = _key(prefix)
+        self.vain[key] = str(error)
+        if self.out is not None and not self.interrupted:
+            (self.out / "trained").mkdir(parents=True, exist_ok=True)
+            write(self.out / "trained" / f"{key}.txt", str(error))
+
+    def _listening(self, run: str) -> Env:
         """The environment with a watcher that records epochs and holds the cap."""
-        if step.stage != "training":
-            return self.env
         return dataclasses.replace(self.env, watch=self._hearing(run), deadline_s=max(1.0, self.spare))
 
     def _hearing(self, run: str) -> Callable[[Progress | EpochLog], None]:

@@ -86,6 +86,8 @@ def test_a_closed_loop_counts_answers() -> None:
                     await reader.readexactly(4)
                     writer.write(b"HTTP/1.1 200 X\r\ncontent-length: 0\r\n\r\n")
             except asyncio.IncompleteReadError:
+                pass
+            finally:
                 writer.close()
 
         async with await asyncio.start_server(serve, "127.0.0.1", 0) as one:

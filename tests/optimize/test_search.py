@@ -48,7 +48,7 @@ def test_a_feasible_budget_is_met_proven_and_kept(run: Path, tmp_path: Path) -> 
     _, _, _, split = job.open_run(run)
     base = outcomes(load(run / "bundle"), split.test, "auc")
     again = outcomes(kept, split.test, "auc")
-    assert np.corrcoef(base, again)[0, 1] > 0.98
+    assert np.corrcoef(base, again)[0, 1] > 0.9, "bits alone, or a structure and its recovery where there is time"
     assert loads(Result, (tmp_path / "result.json").read_bytes()) == result
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert summary["proven"] is True and summary["chosen"]["bytes"] == chosen.measured.bytes
@@ -117,7 +117,7 @@ def test_finished_trials_are_taken_from_disk(run: Path, tmp_path: Path) -> None:
     job.improve(run, budget, unhurried, out=tmp_path, resume=True, watch=told.append)
     second = recorded()
     assert len(first) >= 4 and second == first
-    assert not any(step.stage == "train" and "epoch" in step.message for step in told)
+    assert [step.message for step in told if step.stage == "train" and "loss" in step.message] == []
 
 
 def test_resume_refuses_a_search_of_something_else(run: Path, tmp_path: Path) -> None:
