@@ -19,6 +19,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from statistics import NormalDist
 from typing import Any
 
 import numpy as np
@@ -40,6 +41,7 @@ from pennyweight.model.train import Fit, Recipe, scores
 from pennyweight.optimize import prove
 from pennyweight.optimize.evaluate import Bench, race
 from pennyweight.optimize.evaluate import scores as run
+from pennyweight.optimize.prove import Comparison
 from pennyweight.optimize.search import Outcome
 from pennyweight.optimize.trial import Cost, Trial
 
@@ -228,6 +230,20 @@ def _text(parts: Split, seed: int, o: Setting, seconds: float = 260) -> Question
     return Question(parts, ROWS, search)
 
 
+def _credit(fold: int, o: Setting) -> Split:
+    return loaders.credit_default(o.data / "credit-default", _folder() / f"credit-{fold}", fold=fold)
+
+
+def _risk(fold: int, o: Setting) -> Question:
+    parts = credit.normal(_credit(fold, o))
+
+    def search() -> Pair:
+        model, fit = credit.trained(parts, fold)
+        return searched(model, model, parts, credit.BUDGET, credit.RECIPE, fit, ROWS, {"seconds": 300, "epochs": 15}, o)
+
+    return Question(parts, ROWS, search)
+
+
 Pair = tuple[Bundle, Bundle]
 """The model as given, and the best of the search."""
 
@@ -245,6 +261,7 @@ FOLDED: dict[str, tuple[int, Callable[[int, Setting], Question]]] = {
     "keras-mnist": (5, _digits),
     "text-cnn/movie-review": (10, _review),
     "text-cnn/sms-spam": (1, _spam),
+    "credit": (5, _risk),
 }
 """How many folds a row has, and one of them."""
 
@@ -253,12 +270,23 @@ FOLDED: dict[str, tuple[int, Callable[[int, Setting], Question]]] = {
 class Fold:
     """What came of one fold."""
 
-    accuracy: float
     smaller: float
     faster: float
     plan: str
-    right: tuple[Any, Any]
-    """1 where the given model, and the best of the search, are right on the test rows."""
+    labels: Any
+    outputs: tuple[Any, Any]
+    """Of the given model and of the best of the search, on the test rows."""
+
+    @property
+    def right(self) -> tuple[Any, Any]:
+        """1 where each is right."""
+        given, best = (_right(o, self.labels) for o in self.outputs)
+        return given, best
+
+    @property
+    def accuracy(self) -> float:
+        """Of the given model."""
+        return float(self.right[0].mean())
 
 
 def folds(id: str, o: Setting) -> list[Fold]:
@@ -314,11 +342,10 @@ def timed(question: Question, pair: Pair) -> Fold:
     one = before.replace(runtime=dataclasses.replace(before.runtime, threads=1))
     best = _tuned(best, valid, question.rows) if best.plan else best
     *given, after = race([before, one, best], Bench.of(test, question.rows))
-    labels = test.column("label").astype(np.float64)
-    right = tuple(_right(run(b, test), labels) for b in (before, best))
     plan = " + ".join(str(step["transform"]) for step in best.plan) or "as given"
     faster = min(c.p50_ms for c in given) / after.p50_ms
-    return Fold(float(right[0].mean()), before.bytes / after.bytes, faster, plan, (right[0], right[1]))
+    outputs = run(before, test), run(best, test)
+    return Fold(before.bytes / after.bytes, faster, plan, test.column("label").astype(np.float64), outputs)
 
 
 def _tuned(bundle: Bundle, valid: Dataset, rows: int) -> Bundle:
@@ -332,13 +359,32 @@ def _right(scores: Any, labels: Any) -> Any:
     return (answer == labels).astype(np.float64)
 
 
-def pooled(id: str, folds: Sequence[Fold], bars: Bars) -> list[Row]:
+def accuracies(folds: Sequence[Fold]) -> Comparison:
+    """One test of all folds' rows."""
+    return prove.means(*(np.concatenate([f.right[k] for f in folds]) for k in range(2)))
+
+
+def aucs(folds: Sequence[Fold]) -> Comparison:
+    """The mean over folds: logits of models trained apart have no common order, and their rows are not shared."""
+    each = [prove.delong(f.labels, *f.outputs) for f in folds]
+    rows, se = sum(c.rows for c in each), float(np.sqrt(sum(c.se**2 for c in each))) / len(each)
+    base, value, drop = (float(np.mean([getattr(c, name) for c in each])) for name in ("baseline", "value", "drop"))
+    half = float(NormalDist().inv_cdf(prove.CONFIDENCE)) * se
+    return Comparison(rows, base, value, drop, se, drop - half, drop + half, f"DeLong, mean of {len(each)} folds")
+
+
+def pooled(
+    id: str,
+    folds: Sequence[Fold],
+    bars: Bars,
+    metric: str = "accuracy",
+    of: Callable[[Sequence[Fold]], Comparison] = accuracies,
+) -> list[Row]:
     """Folds as rows: mean and range of size and speed, one proof over all test rows."""
     smaller, faster = ([getattr(f, name) for f in folds] for name in ("smaller", "faster"))
-    right = [np.concatenate([f.right[k] for f in folds]) for k in range(2)]
-    joined = prove.judge("accuracy", prove.means(*right), bars.margin)
+    joined = prove.judge(metric, of(folds), bars.margin)
     told = (
-        f"{joined.verdict} on the {joined.rows:,} test rows of {len(folds)} folds together; accuracy {joined.baseline:.4f} -> "
+        f"{joined.verdict} on the {joined.rows:,} test rows of {len(folds)} folds together; {metric} {joined.baseline:.4f} -> "
         f"{joined.value:.4f}, drop {joined.drop:.4f}"
     )
     plans = " | ".join(sorted({f.plan for f in folds}))
@@ -360,23 +406,29 @@ def pooled(id: str, folds: Sequence[Fold], bars: Bars) -> list[Row]:
 
 def risk(o: Setting) -> list[Row]:
     """Financial risk: level with gradient boosting, and calibrated as before."""
-    raw = loaders.credit_default(o.data / "credit-default", _folder() / "credit")
-    parts = credit.normal(raw)
-    model, fit = credit.trained(parts)
-    mine, boosted = _quality("auc", model.build(), parts.test), boosting(raw, o.quick)
-    note = "test AUC; gradient boosting chosen on validation among learning rates and leaves; bar: within .01 of it"
-    peer = "scikit-learn HistGradientBoosting"
-    level = Row("credit", "baseline", mine, mine, mine, bar=boosted - 0.01, peer=peer, peer_value=boosted, note=note)
-    rows, bundle = compressed("credit", model, parts, credit.BUDGET, credit.RECIPE, fit, Bars(8, 3, 0.003), o)
-    return [level, *rows, *([_calibrated(model, bundle, parts.test)] if bundle else [])]
+    found = folds("credit", o)
+    mine = [metrics.auc(f.labels, f.outputs[0]) for f in found]
+    boosted = [boosting(_credit(fold, o), o.quick) for fold in range(len(found))]
+    note = (
+        f"test AUC, mean of {len(found)} folds; gradient boosting chosen on validation among learning rates and leaves; bar: "
+        "within .01 of it"
+    )
+    peer, value, beside = "scikit-learn HistGradientBoosting", float(np.mean(mine)), float(np.mean(boosted))
+    level = Row(
+        "credit", "baseline", value, min(mine), max(mine), len(mine), bar=beside - 0.01, peer=peer, peer_value=beside, note=note
+    )
+    return [level, *pooled("credit", found, Bars(8, 3, 0.003), "auc", aucs), _calibrated(found)]
 
 
-def _calibrated(model: Model, bundle: pennyweight.Bundle, test: Dataset) -> Row:
+def _calibrated(folds: Sequence[Fold]) -> Row:
     """Expected calibration error before and after, on the same rows."""
-    error, labels = metrics.METRICS["calibration_error"].of, test.column("label")
-    before, after = error(labels, scores(model.build(), test)), error(labels, run(bundle, test))
-    note = f"test rows; 15 bins; given {before:.4f}; bar: .005 above it"
-    return Row("credit", "calibration_error", after, after, after, bar=before + 0.005, baseline=before, at_most=True, note=note)
+    error, labels = metrics.METRICS["calibration_error"].of, np.concatenate([f.labels for f in folds])
+    before, after = (error(labels, np.concatenate([f.outputs[k] for f in folds])) for k in range(2))
+    each = [error(f.labels, f.outputs[1]) for f in folds]
+    note = f"test rows of all folds; 15 bins; given {before:.4f}; bar: .005 above it; range: each fold by itself"
+    return Row(
+        "credit", "calibration_error", after, min(each), max(each), len(each), before + 0.005, before, note=note, at_most=True
+    )
 
 
 def boosting(parts: Split, quick: bool) -> float:

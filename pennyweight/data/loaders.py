@@ -111,12 +111,14 @@ def gowalla(path: Place, out: Place, *, holdout: float = 0.05, seed: int = 0) ->
     return _parted(columns, schema, {"user": users, "item": items}, part, out)
 
 
-def credit_default(path: Place, out: Place, *, seed: int = 0) -> Split:
+def credit_default(path: Place, out: Place, *, fold: int = 0, seed: int = 0) -> Split:
     """Taiwan credit-card customers (Yeh and Lien 2009): 23 features; the last column says who defaulted.
 
     SEX, EDUCATION, MARRIAGE and the six PAY_ states are categorical, the rest numbers as they are (dollars and years), so a
-    model should normalize its input. Split 80/10/10, stratified.
+    model should normalize its input. Split 80/10/10, stratified; ``fold`` of ten is the test part.
     """
+    if not 0 <= fold < 10:
+        raise ConfigError(f"fold {fold} is not one of 0 to 9")
     file = Path(path) / "UCI_Credit_Card.csv"
     frame = _csv(file)
     coded = [
@@ -134,7 +136,8 @@ def credit_default(path: Place, out: Place, *, seed: int = 0) -> Split:
     columns |= {c: frame[c].to_numpy() for c in numbers} | {"label": frame[label].to_numpy()}
     features = [_id(c, words[c], "context") for c in coded] + [Column(c, "context", "numeric") for c in numbers]
     schema = Schema((*features, Column("label", "label", "numeric")))
-    return _parted(columns, schema, words, _stratified(columns["label"], (0.8, 0.1, 0.1), seed), out)
+    tenth = (_stratified(columns["label"], (0.1,) * 10, seed) + fold) % 10
+    return _parted(columns, schema, words, np.select([tenth == 9, tenth == 8], [TEST, VALID], TRAIN), out)
 
 
 def mnist(path: Place, out: Place, *, fold: int = 0, seed: int = 0) -> Split:

@@ -181,6 +181,11 @@ def test_credit_default_is_stratified(tmp_path: Path) -> None:
     assert all(abs(p.column("label").mean() - 0.25) < 0.01 for p in parts)
     kinds = [c.kind for c in parts.train.schema.features]
     assert (kinds.count("categorical"), kinds.count("numeric")) == (9, 14) and "ID" not in parts.train.schema
+    folds = [loaders.credit_default(tmp_path / "in", tmp_path / "out", fold=fold) for fold in range(10)]
+    assert [[len(p) for p in split] for split in folds] == [[160, 20, 20]] * 10
+    assert folds[0].test.fingerprint == parts.test.fingerprint and len({split.test.fingerprint for split in folds}) == 10
+    with pytest.raises(ConfigError, match="fold 10 is not one of 0 to 9"):
+        loaders.credit_default(tmp_path / "in", tmp_path / "out", fold=10)
 
 
 def test_mnist_is_a_vector_and_a_class(tmp_path: Path) -> None:
