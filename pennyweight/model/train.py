@@ -286,7 +286,7 @@ def fit(
     taught, batchwise = _taught(rows, teacher, recipe, inputs)
     loss = _loss(module, taught, recipe, inputs, teacher if recipe.dealt else batchwise)
     judge = _judge(train, valid, recipe, inputs)
-    identity = "" if checkpoint is None else dumps([encode(recipe), seed, train.fingerprint, _shapes(module, workers)])
+    identity = "" if checkpoint is None else dumps([encode(recipe), seed, train.fingerprint, _described(module, workers)])
     kept = contextlib.nullcontext() if workers is not None and workers.lean else memory.kept()
     with torch.random.fork_rng(devices=[]), kept, _interrupts() as interrupted, team.working(workers):
         torch.manual_seed(seed)
@@ -878,9 +878,11 @@ class _File:
             raise ConfigError(f"checkpoint {self.path} cannot be read ({error}); remove it to start anew") from error
 
 
-def _shapes(module: nn.Module, workers: Workers | None) -> list[str]:
+def _described(module: nn.Module, workers: Workers | None) -> list[str]:
+    """What a module is, as far as it can be told: a sum of pairs has no weights, so two models may hold the same tensors."""
     whole = {} if workers is None else workers.shapes
-    return [f"{k} {v.dtype} {whole.get(k, tuple(v.shape))}" for k, v in module.state_dict().items()]
+    kinds = [f"{k} {type(m).__qualname__}" for k, m in module.named_modules()]
+    return kinds + [f"{k} {v.dtype} {whole.get(k, tuple(v.shape))}" for k, v in module.state_dict().items()]
 
 
 @contextlib.contextmanager

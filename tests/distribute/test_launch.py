@@ -184,7 +184,6 @@ def test_the_same_command_leaves_the_same_bundle(folder: Path, tmp_path: Path) -
     assert not (tmp_path / "two" / "workers").exists()
 
 
-@pytest.mark.xfail(reason="a training that was stopped at once is begun anew in place of being refused", strict=True)
 def test_a_checkpoint_of_another_model_is_refused_by_one_error(folder: Path, tmp_path: Path) -> None:
     heard = Heard(at(1, 3, (tmp_path / "stop").touch))
     together(model("deepfm", folder), folder, RECIPE, tmp_path, Many(2), heard)
