@@ -220,6 +220,7 @@ EFFORTS = {
     "free": Effort(4, 0.0002, seconds=30),
     "free-6x": Effort(6, 0.0005, seconds=30),
     "standard": Effort(20, 0.001, trainings=1, tries=2, against="control"),
+    "standard-given": Effort(20, 0.001, trainings=1, tries=2),
     "patient": Effort(30, 0.001, trainings=5, tries=6, epochs=30, teachers=2),
 }
 
