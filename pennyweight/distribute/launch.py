@@ -37,65 +37,14 @@ from pennyweight.core.config import decode, dumps, loads
 from pennyweight.core.errors import ConfigError, DataError, DeviceError
 from pennyweight.data.dataset import How
 from pennyweight.distribute import checkpoint, worker
-from pennyweight.distribute.codec import Kind
+from pennyweight.distribute.worker import Host as Host
 from pennyweight.distribute.worker import Job
-from pennyweight.model.placement import Placement
+from pennyweight.distribute.worker import Many as Many
 from pennyweight.model.spec import Model, Spec
 from pennyweight.model.train import EpochLog, Fit, Progress, Recipe
 
-PORT = 29400
-"""Where hosts meet, if the address file does not say."""
 RESTARTS = 1000
 """Of all workers, at most; ``worker.TRIES`` in a row without a checkpoint end it long before."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Host:
-    """A line of an address file: ``ADDRESS[:PORT] [WORKERS]``."""
-
-    address: str
-    port: int = PORT
-    workers: int = 0
-    """0 is as many as the command says."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Many:
-    """How many workers train, and how they are looked after."""
-
-    workers: int = 1
-    """On this host."""
-    placement: str | Placement = "hybrid"
-    """How tables are cut (``ways``), or which worker holds what."""
-    replicas: int = 1
-    """Groups of workers that each hold everything."""
-    hosts: tuple[Host, ...] = ()
-    """All hosts, this one too; empty is this machine alone."""
-    least: int = 0
-    """Hosts that are enough to begin, and to go on when others are lost; 0 is all of them."""
-    every: int = 0
-    """Steps between two checkpoints inside an epoch; 0 is a minute."""
-    timeout_s: float = 60.0
-    """How long a worker or a host that does not answer is waited for."""
-    memory_bytes: int = 0
-    """Memory that each worker may take for its data, which the system enforces; 0 is no limit."""
-    balance: bool = False
-    """Whether slow workers get fewer rows."""
-    traffic: Kind = "fp32"
-    """How rows and gradients are written on the way (``codec``)."""
-    tick_s: float = 0.5
-    """Seconds between two reports of progress."""
-
-    def __post_init__(self) -> None:
-        if self.least > len(self.hosts):
-            raise ConfigError(
-                f"{self.least} hosts are to be enough, and {len(self.hosts)} are named; give --hosts FILE with more"
-            )
-        if self.workers < 1 or self.every < 0 or self.timeout_s <= 0 or self.memory_bytes < 0:
-            raise ConfigError(
-                f"{self.workers} workers, a checkpoint every {self.every} steps, time-out {self.timeout_s:g} s, "
-                f"{self.memory_bytes} bytes: give at least 1 worker, and a time-out above 0"
-            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,8 +85,8 @@ def train(
         PennyweightError: as a training by one would, or as the workers agreed on.
         DeviceError: a host did not come, a port is taken, or workers end again and again.
     """
-    same = {f.name: getattr(many, f.name) for f in dataclasses.fields(many) if f.name not in ("workers", "hosts", "least")}
-    job = Job(spec, str(data.absolute()), *parts, recipe, seed, allow=allow, **same)
+    alike = dataclasses.replace(many, workers=1, hosts=(), least=0)  # each host has workers and a file of its own
+    job = Job(spec, str(data.absolute()), *parts, recipe, seed, alike, allow)
     hosts = many.hosts
     here = place(hosts)
     folder.mkdir(parents=True, exist_ok=True)
@@ -182,7 +131,7 @@ def read_hosts(path: Path) -> tuple[Host, ...]:
         address, _, port = words[0].partition(":")
         if len(words) > 2 or not all(w.isdecimal() for w in (*words[1:], port or "0")):
             raise ConfigError(f"{path}, line {number}: {line.strip()!r} is not ADDRESS[:PORT] [WORKERS]")
-        found.append(Host(address, int(port or PORT), int(words[1]) if len(words) > 1 else 0))
+        found.append(Host(address, int(port or worker.PORT), int(words[1]) if len(words) > 1 else 0))
     if len({h.address for h in found}) < len(found) or not found:
         raise ConfigError(f"{path} names {len(found)} hosts; name each once, and at least one")
     return tuple(found)
@@ -221,7 +170,7 @@ def _config(job: Job, many: Many, here: int) -> LaunchConfig:
     if here == 0:
         _free(first)
     os.environ["GLOO_SOCKET_IFNAME"] = _interface(mine.address)
-    configs = {"timeout": job.timeout_s, "join_timeout": job.timeout_s, "is_host": here == 0, "last_call_timeout": 5}
+    configs = {"timeout": job.many.timeout_s, "join_timeout": job.many.timeout_s, "is_host": here == 0, "last_call_timeout": 5}
     return LaunchConfig(
         many.least or len(hosts), len(hosts), mine.workers or workers, run_id="pennyweight", rdzv_configs=configs,
         rdzv_endpoint=f"{first.address}:{first.port}", local_addr=mine.address, **shared,
@@ -283,7 +232,7 @@ def _end(folder: Path) -> None:
 
 def _said(error: BaseException, job: Job, hosts: Sequence[Host]) -> Exception:
     """What the agent's error means to who gave the command."""
-    wait = f"within {job.timeout_s:g} s (--timeout)"
+    wait = f"within {job.many.timeout_s:g} s (--timeout)"
     if isinstance(error, ChildFailedError):
         first = next(iter(error.failures.values()))
         return DeviceError(f"worker {first.local_rank} ended with status {first.exitcode}; its own words stand above")

@@ -48,8 +48,59 @@ from pennyweight.model.placement import Placement
 from pennyweight.model.spec import Spec
 from pennyweight.model.train import EpochLog, Progress, Recipe
 
+PORT = 29400
+"""Where hosts meet, if the address file does not say."""
 TRIES = 4
 """Starts in a row that may find no newer checkpoint than the one before."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Host:
+    """A line of an address file: ``ADDRESS[:PORT] [WORKERS]``."""
+
+    address: str
+    port: int = PORT
+    workers: int = 0
+    """0 is as many as the command says."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Many:
+    """How many workers train, and how they are looked after."""
+
+    workers: int = 1
+    """On this host."""
+    placement: str | Placement = "hybrid"
+    """How tables are cut (``ways``), or which worker holds what."""
+    replicas: int = 1
+    """Groups of workers that each hold everything."""
+    hosts: tuple[Host, ...] = ()
+    """All hosts, this one too; empty is this machine alone."""
+    least: int = 0
+    """Hosts that are enough to begin, and to go on when others are lost; 0 is all of them."""
+    every: int = 0
+    """Steps between two checkpoints inside an epoch; 0 is a minute."""
+    timeout_s: float = 60.0
+    """How long a worker or a host that does not answer is waited for."""
+    memory_bytes: int = 0
+    """Memory that each worker may take for its data, which the system enforces; 0 is no limit."""
+    balance: bool = False
+    """Whether slow workers get fewer rows."""
+    traffic: Kind = "fp32"
+    """How rows and gradients are written on the way (``codec``)."""
+    tick_s: float = 0.5
+    """Seconds between two reports of progress."""
+
+    def __post_init__(self) -> None:
+        if self.least > len(self.hosts):
+            raise ConfigError(
+                f"{self.least} hosts are to be enough, and {len(self.hosts)} are named; give --hosts FILE with more"
+            )
+        if self.workers < 1 or self.every < 0 or self.timeout_s <= 0 or self.memory_bytes < 0:
+            raise ConfigError(
+                f"{self.workers} workers, a checkpoint every {self.every} steps, time-out {self.timeout_s:g} s, "
+                f"{self.memory_bytes} bytes: give at least 1 worker, and a time-out above 0"
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,24 +114,8 @@ class Job:
     fractions: tuple[float, float, float]
     recipe: Recipe
     seed: int
-    placement: str | Placement = "row"
-    """How tables are cut (``distribute.ways``), or which worker holds what; for another number of workers it is cut alike."""
-    replicas: int = 1
-    """Groups of workers that each hold everything."""
-    every: int = 0
-    """Steps between two checkpoints inside an epoch; 0 is a minute."""
-    timeout_s: float = 60.0
-    """How long a worker that does not answer is waited for."""
-    memory_bytes: int = 0
-    """Memory that each worker may take for its data, which the system enforces; 0 is no limit."""
-    balance: bool = False
-    """Whether slow workers get fewer rows."""
-    traffic: Kind = "fp32"
-    """How rows and gradients are written on the way (``codec``)."""
-    threads: int = 0
-    """Of each worker; 0 divides the cores."""
-    tick_s: float = 0.5
-    """Seconds between two reports of progress."""
+    many: Many = Many()
+    """How they train together; who starts how many of them on which host is left out."""
     allow: tuple[str, ...] = ()
 
 
@@ -114,33 +149,33 @@ def _final(error: Exception) -> PennyweightError | None:
 
 
 def _work(home: Path, job: Job) -> None:
-    wait = datetime.timedelta(seconds=job.timeout_s)
-    torch.set_num_threads(job.threads or max(1, hardware.limits()[0] // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+    wait = datetime.timedelta(seconds=job.many.timeout_s)
+    torch.set_num_threads(max(1, hardware.limits()[0] // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
     rank = int(os.environ["RANK"])
     write(home / f"rank-{rank}.pid", str(os.getpid()))
     _tried(home, rank)
     try:
         dist.init_process_group("gloo", timeout=wait)
     except (RuntimeError, dist.DistError) as error:
-        raise Lost(f"the other workers were not met within {job.timeout_s:g} s (--timeout): {error}") from error
+        raise Lost(f"the other workers were not met within {job.many.timeout_s:g} s (--timeout): {error}") from error
     data = Dataset.open(job.data)
     parts = data.split(job.split, job.fractions, job.seed)
     _same(job, data)
     replicas = _replicas(job)
     wires = Wires(replicas, wait)
     guard = contextlib.ExitStack()
-    if job.memory_bytes:
+    if job.many.memory_bytes:
         _load(job.recipe)
         if not apart(job.spec):  # a model that is built whole is to be built within the limit
-            guard.enter_context(memory.guarded(job.memory_bytes))
+            guard.enter_context(memory.guarded(job.many.memory_bytes))
     module, fills = built(job.spec, job.seed, job.allow)
-    if job.memory_bytes and apart(job.spec):
-        guard.enter_context(memory.guarded(job.memory_bytes))
+    if job.many.memory_bytes and apart(job.spec):
+        guard.enter_context(memory.guarded(job.many.memory_bytes))
     crew = Crew(
-        module, _placed(job, module, replicas), every=job.every, timeout=wait, balance=job.balance, traffic=job.traffic,
-        fills=fills, lean=job.memory_bytes > 0, wires=wires,
+        module, _placed(job, module, replicas), every=job.many.every, timeout=wait, balance=job.many.balance,
+        traffic=job.many.traffic, fills=fills, lean=job.many.memory_bytes > 0, wires=wires,
     )  # fmt: skip
-    train.TICK_S = job.tick_s
+    train.TICK_S = job.many.tick_s
     with _stopping(home), open(home / "progress.jsonl", "a", buffering=1) as told:
 
         def hear(event: Progress | EpochLog) -> None:
@@ -178,17 +213,17 @@ def _replicas(job: Job) -> int:
         ConfigError: they cannot be divided so.
     """
     size = dist.get_world_size()
-    if isinstance(job.placement, Placement):
-        return ways.again(job.placement, size).replicas
-    return Placement(size, replicas=job.replicas).replicas
+    if isinstance(job.many.placement, Placement):
+        return ways.again(job.many.placement, size).replicas
+    return Placement(size, replicas=job.many.replicas).replicas
 
 
 def _placed(job: Job, module: nn.Module, replicas: int) -> Placement:
     """Who holds what, for the workers there are."""
     size = dist.get_world_size()
-    if isinstance(job.placement, Placement):
-        return job.placement if job.placement.world_size == size else ways.again(job.placement, size)
-    return ways.placed(job.placement, ways.tables(module), size, replicas)
+    if isinstance(job.many.placement, Placement):
+        return job.many.placement if job.many.placement.world_size == size else ways.again(job.many.placement, size)
+    return ways.placed(job.many.placement, ways.tables(module), size, replicas)
 
 
 def _counted(crew: Crew) -> dict[str, object]:
