@@ -37,7 +37,7 @@ class Desk:
         self._start = start
         self._timer: asyncio.TimerHandle | None = None
         self._alarm = math.inf
-        self._closing = False
+        self._closing = self._hurried = False
         self._learned = -math.inf
         self._empty = asyncio.Event()
 
@@ -61,7 +61,7 @@ class Desk:
     def pump(self) -> None:
         """Do what is due now, and come back when the clock alone gives something to do."""
         scheduler = self.scheduler
-        for batch in scheduler.dispatch(hurry=self._closing):
+        for batch in scheduler.dispatch(hurry=self._hurried):
             self._start(batch)
         for ticket in scheduler.late():
             settle(ticket, scheduler.refusal(ticket))
@@ -78,10 +78,15 @@ class Desk:
             self._learned = now
             scheduler.learn(LESSONS)
 
+    def hurry(self) -> None:
+        """Let nobody wait for company any more."""
+        self._hurried = True
+        self.pump()
+
     async def close(self) -> None:
         """Have what was accepted run; back when everybody has an answer."""
         self._closing = True
-        self.pump()
+        self.hurry()
         await self._empty.wait()
         if self._timer is not None:
             self._timer.cancel()
@@ -124,6 +129,10 @@ class Batcher(Generic[Q, A]):
         """The answer to one request of so many items; see ``Desk.submit``."""
         answer: A = await self._desk.submit(value, items, **asked)
         return answer
+
+    def hurry(self) -> None:
+        """Let nobody wait for company any more."""
+        self._desk.hurry()
 
     async def close(self) -> None:
         """Run what was accepted, then stop."""

@@ -26,7 +26,7 @@ import socket
 import sys
 import time
 import uuid
-from collections.abc import Awaitable, Callable, Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, MutableMapping, Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl, urlsplit
@@ -51,6 +51,7 @@ from pennyweight.model import bundle as bundles
 from pennyweight.model.bundle import Bundle
 from pennyweight.serve import binary
 from pennyweight.serve import messages as m
+from pennyweight.serve.alarm import Alarm
 from pennyweight.serve.binary import KIND
 from pennyweight.serve.engine import Engine
 from pennyweight.serve.metrics import Metrics
@@ -101,6 +102,7 @@ class App:
     def __init__(self, service: Service, token: str = "") -> None:
         self.service = service
         self._token = token
+        self._bodies, self._waits = Alarm(), Alarm()
         self._most = max(1 << 20, 64 * service.policy.candidates)
 
     @classmethod
@@ -201,8 +203,8 @@ class App:
             _headed(ask, headers)
         elif isinstance(ask, m.Swap):
             self._entitled(headers)
-        with _left(scope, receive) if isinstance(ask, m.Scheduled) else contextlib.nullcontext():
-            answer = await route.answer(self.service, ask)
+        work = route.answer(self.service, ask)
+        answer = await (self._watched(scope, receive, work) if isinstance(ask, m.Scheduled) else work)
         if packed is not None:
             return Reply(200, packed[1](answer), KIND)
         return answer if isinstance(answer, Reply) else Reply(200, msgspec.json.encode(answer))
@@ -217,11 +219,23 @@ class App:
             raise Forbidden("that is not the service's token; send it as: authorization: Bearer TOKEN")
 
     async def _body(self, receive: Receive, headers: Mapping[str, str]) -> bytes:
+        task, late = _task(), False
+
+        def cut() -> None:
+            nonlocal late
+            late = True
+            task.cancel()
+
+        alarm = self._bodies.set(BODY_S, cut)
         try:
-            async with asyncio.timeout(BODY_S):
-                return await self._read(receive, int(headers.get("content-length", "0")))
-        except TimeoutError as error:
+            return await self._read(receive, int(headers.get("content-length", "0")))
+        except asyncio.CancelledError as error:
+            if not late:
+                raise
+            task.uncancel()
             raise RequestError(f"the body did not arrive within {BODY_S:g} s; send it again") from error
+        finally:
+            self._bodies.off(alarm)
 
     async def _read(self, receive: Receive, announced: int) -> bytes:
         body, more, size = [], True, announced
@@ -235,6 +249,28 @@ class App:
             size = max(announced, sum(map(len, body)))
             more = message.get("more_body", False)
         return b"".join(body)
+
+    async def _watched(self, scope: Scope, receive: Receive, work: Awaitable[Any]) -> Any:
+        """What comes of some work, which is cancelled when its client leaves, if it lasts for longer than a moment."""
+        task, watch = _task(), None
+
+        async def wait() -> None:
+            while (await receive())["type"] != "http.disconnect":
+                pass
+            scope["pennyweight.left"] = True
+            task.cancel()
+
+        def begin() -> None:
+            nonlocal watch
+            watch = asyncio.get_running_loop().create_task(wait())
+
+        alarm = self._waits.set(WATCH_S, begin)
+        try:
+            return await work
+        finally:
+            self._waits.off(alarm)
+            if watch is not None:
+                watch.cancel()
 
 
 def run(
@@ -321,14 +357,14 @@ async def _serve(
 
 
 class _Server(uvicorn.Server):
-    """Uvicorn, whose stop does not wait for another bundle."""
+    """Uvicorn, whose stop waits for no other bundle and for no company."""
 
     def __init__(self, config: uvicorn.Config, service: Service) -> None:
         super().__init__(config)
         self._service = service
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        self._service.abandon()
+        self._service.leave()
         await super().shutdown(sockets)
 
 
@@ -394,16 +430,15 @@ def _listen(host: str, port: int) -> socket.socket:
 
 
 async def _send(reply: Reply, send: Send, head: bool) -> None:
-    headers = [
-        ("content-type", reply.kind),
-        ("content-length", str(len(reply.body))),
-        ("cache-control", "no-cache"),
-        ("x-content-type-options", "nosniff"),
-        *reply.headers,
-    ]
-    raw = [(k.encode(), v.encode()) for k, v in headers]
-    await send({"type": "http.response.start", "status": reply.status, "headers": raw})
+    size = (b"content-length", b"%d" % len(reply.body))
+    await send({"type": "http.response.start", "status": reply.status, "headers": [size, *_head(reply.kind, reply.headers)]})
     await send({"type": "http.response.body", "body": b"" if head else reply.body})
+
+
+@functools.lru_cache(256)
+def _head(kind: str, more: tuple[tuple[str, str], ...]) -> list[tuple[bytes, bytes]]:
+    headers = [("content-type", kind), ("cache-control", "no-cache"), ("x-content-type-options", "nosniff"), *more]
+    return [(k.encode(), v.encode()) for k, v in headers]
 
 
 def _problem(status: int, code: str, text: str, *headers: tuple[str, str]) -> Reply:
@@ -416,30 +451,10 @@ def _failed(error: PennyweightError) -> Reply:
     return _problem(error.status, CODES[error.status], str(error), *again)
 
 
-@contextlib.contextmanager
-def _left(scope: Scope, receive: Receive) -> Iterator[None]:
-    """Within: the request is cancelled when its client leaves, if it waits for longer than a moment."""
-    work = asyncio.current_task()
-    assert work is not None
-    watch: asyncio.Task[None] | None = None
-
-    async def wait() -> None:
-        while (await receive())["type"] != "http.disconnect":
-            pass
-        scope["pennyweight.left"] = True
-        work.cancel()
-
-    def begin() -> None:
-        nonlocal watch
-        watch = asyncio.get_running_loop().create_task(wait())
-
-    timer = asyncio.get_running_loop().call_later(WATCH_S, begin)
-    try:
-        yield
-    finally:
-        timer.cancel()
-        if watch is not None:
-            watch.cancel()
+def _task() -> asyncio.Task[Any]:
+    task = asyncio.current_task()
+    assert task is not None
+    return task
 
 
 HEADERS = {

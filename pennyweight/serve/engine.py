@@ -61,6 +61,9 @@ class Engine(Protocol):
             RequestError: no such class or tenant, or the query's context is wrong.
         """
 
+    def hurry(self) -> None:
+        """The service is about to stop: let nobody wait for company any more."""
+
     async def close(self) -> None:
         """Answer what was accepted, then let go of the models."""
 
@@ -100,6 +103,10 @@ class Local:
         best = self.scheduler.variants[0]
         self._metrics.answers(best.name)
         return Answer(ranked, best.name, best.gap)
+
+    def hurry(self) -> None:
+        """As ``Engine.hurry`` says."""
+        self._batcher.hurry()
 
     async def close(self) -> None:
         """Answer what was accepted, then let go of the model."""

@@ -38,6 +38,7 @@ class Metrics:
             buckets=SECONDS,
             registry=self.registry,
         )
+        self._answered: dict[tuple[str, int], tuple[Counter, Histogram]] = {}
         self._batches = Histogram(
             "pennyweight_batch_requests", "Requests joined into one forward.", buckets=REQUESTS, registry=self.registry
         )
@@ -72,8 +73,11 @@ class Metrics:
 
     def answered(self, path: str, status: int, seconds: float) -> None:
         """Count one answer."""
-        self._requests.labels(path, str(status)).inc()
-        self._seconds.labels(path).observe(seconds)
+        count, spent = self._answered.get((path, status)) or self._answered.setdefault(
+            (path, status), (self._requests.labels(path, str(status)), self._seconds.labels(path))
+        )
+        count.inc()
+        spent.observe(seconds)
 
     def answers(self, variant: str) -> None:
         """Count one query answered by a variant."""

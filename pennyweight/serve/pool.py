@@ -209,6 +209,10 @@ class Pool:
         self._watch = asyncio.get_running_loop().call_later(1.0, self._watched)
         self._fill()
 
+    def hurry(self) -> None:
+        """As ``Engine.hurry`` says."""
+        self._desk.hurry()
+
     async def close(self) -> None:
         """Answer what was accepted, then end the workers."""
         await self._desk.close()

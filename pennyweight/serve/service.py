@@ -161,8 +161,9 @@ class Service:
         self.policy, self._bytes = other.policy, other.bytes
         return m.Swapped(folder.name, found.requests, found.median)
 
-    def abandon(self) -> None:
-        """Let go of another bundle that is being loaded: the service is about to stop."""
+    def leave(self) -> None:
+        """The service is about to stop: let go of another bundle that is being loaded, and answer at once who waits."""
+        self.engine.hurry()
         if self._exchange is not None:
             self._exchange.cancel()
 

@@ -45,7 +45,7 @@ class Guarded(HttpToolsProtocol):
     def __init__(self, *arguments: Any, **named: Any) -> None:
         super().__init__(*arguments, **named)
         self._head = 0
-        self._in_head = True
+        self._in_head = False
         self._slow: asyncio.TimerHandle | None = None
         self._unread: asyncio.TimerHandle | None = None
 
@@ -75,6 +75,11 @@ class Guarded(HttpToolsProtocol):
             elif self._slow is None and self._head:
                 self._slow = self.loop.call_later(HEAD_S, self._late)
 
+    def on_message_begin(self) -> None:
+        """The first byte of a head."""
+        self._in_head = True
+        super().on_message_begin()
+
     def on_headers_complete(self) -> None:
         """The head is whole."""
         self._in_head, self._head = False, 0
@@ -82,12 +87,6 @@ class Guarded(HttpToolsProtocol):
             self._slow.cancel()
             self._slow = None
         super().on_headers_complete()
-
-    def on_message_complete(self) -> None:
-        """The body is whole, and the next head may come."""
-        self._in_head = True
-        super().on_message_complete()
-        self._head = 0
 
     def send_400_response(self, msg: str) -> None:
         """Refuse what is not HTTP."""

@@ -134,7 +134,7 @@ def test_an_exchange_is_let_go_when_the_service_stops(service: Client, frail: Fr
         task = asyncio.create_task(service.http.post("/swap", json=ask, headers=ENTITLED))
         while ours._exchange is None or ours._exchange.done():
             await asyncio.sleep(0.01)
-        ours.abandon()
+        ours.leave()
         return await task
 
     assert "the service is stopping" in error(service.run(scene()), 409)

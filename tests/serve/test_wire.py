@@ -172,3 +172,16 @@ def test_many_idle_connections_harm_nobody(at_socket: Any) -> None:
             writer.close()
 
     at_socket(scene)
+
+
+def test_an_answer_may_take_longer_than_a_head(at_socket: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(wire, "HEAD_S", 0.2)
+    answer = server.App._answer
+
+    async def slow(*given: Any) -> server.Reply:
+        await asyncio.sleep(0.6)
+        return await answer(*given)
+
+    monkeypatch.setattr(server.App, "_answer", slow)
+    head = b"GET /health HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n"
+    assert at_socket(lambda port: said(port, head)).startswith(b"HTTP/1.1 200")
