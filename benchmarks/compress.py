@@ -236,7 +236,7 @@ def ours(id: str, name: str, effort: Effort, setting: Setting) -> list[Row]:
         f"{' from the given model and from the control' if effort.against == 'control' else ''}, "
         f"{'proven' if all(f.proven for f in each) else 'NOT proven'} for all seeds; bar of seconds: {cap:.0f} on one thread"
     )
-    rows = rows_of(id, each, Bars(effort.ratio, effort.margin, cap), note)
+    rows = rows_of(id, each, Bars(effort.ratio, effort.margin, cap, effort.against == "control"), note)
     if effort.trainings > 1:
         told = "the largest ratio put to the test at which the test AUC was not below the given model's"
         above = [f.above for f in each]

@@ -111,6 +111,8 @@ class Bars:
     ratio: float | None = None
     margin: float | None = None
     seconds: float | None = None
+    control: bool = True
+    """Whether the margin is one against the control too, where there is one."""
 
 
 def rows_of(id: str, each: Sequence[Found], bars: Bars = Bars(), note: str = "", peer: str | None = None) -> list[Row]:
@@ -129,10 +131,10 @@ def rows_of(id: str, each: Sequence[Found], bars: Bars = Bars(), note: str = "",
         made("seconds", [f.seconds for f in each], max, bars.seconds, True),
     ]
     if all(f.control for f in each):
-        against = [f.control for f in each if f.control]
+        against, margin = [f.control for f in each if f.control], bars.margin if bars.control else None
         rows += [
-            made("drop_against_control", [c.drop for c in against], statistics.fmean, bars.margin, True),
-            made("drop_against_control_upper_95", [c.drop_upper_95 for c in against], max, bars.margin, True),
+            made("drop_against_control", [c.drop for c in against], statistics.fmean, margin, True),
+            made("drop_against_control_upper_95", [c.drop_upper_95 for c in against], max, margin, True),
         ]
     return rows
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping
 
 import numpy as np
@@ -37,8 +38,11 @@ def int8(job: Job) -> Made:
     """Weights by channel and tables to int8, activations as they come."""
     ready = job.out / "ready.onnx"
     quant_pre_process(str(job.given / "model.onnx"), str(ready), skip_symbolic_shape=True)
-    quantize_dynamic(ready, job.out / "model.onnx", per_channel=True, weight_type=QuantType.QInt8)
-    return scorer(job, "quantize_dynamic, per_channel, QInt8, after quant_pre_process")
+    for channel in (True, False):  # of some graphs it makes one by channel that it cannot read again
+        quantize_dynamic(ready, job.out / "model.onnx", per_channel=channel, weight_type=QuantType.QInt8)
+        with contextlib.suppress(onnxruntime.capi.onnxruntime_pybind11_state.Fail):
+            return scorer(job, f"quantize_dynamic, {'per_channel, ' * channel}QInt8, after quant_pre_process")
+    raise RuntimeError("quantize_dynamic made no graph that can be read")
 
 
 def int4(job: Job) -> Made:
