@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
+from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, LogsDest
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.elastic.rendezvous.api import RendezvousError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
@@ -97,7 +97,7 @@ def train(
         shutil.rmtree(folder / "fitted", ignore_errors=True)
         if not checkpoint.newest(folder / "checkpoint"):
             shutil.rmtree(folder / "best", ignore_errors=True)
-    launch = elastic_launch(_config(job, many, here), worker.main)
+    launch = elastic_launch(_config(job, many, here, folder), worker.main)
     with concurrent.futures.ThreadPoolExecutor(1) as thread, _quiet():
         running = thread.submit(launch, str(folder), dumps(job))
         _follow(running, folder, watch)
@@ -111,6 +111,30 @@ def train(
     fitted = loads(Fit, notes["fit"], "fit")
     weights = {k.removeprefix("module."): v for k, v in state.items()}
     return Model(job.spec, weights), Told(fitted, json.loads(notes["steps"]))
+
+
+class _Starts(DefaultLogsSpecs):
+    """Sees each start of the workers here, and ends what would go on for ever: only workers that have begun count tries."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__()
+        self._folder, self._left = folder, worker.TRIES
+
+    def reify(self, envs: dict[int, dict[str, str]]) -> LogsDest:
+        """Called when workers are about to be started.
+
+        Raises:
+            DeviceError: they have been started before, several times, and none has begun.
+        """
+        if any(self._folder.glob("rank-*.pid")):
+            self._left = worker.TRIES
+        elif not self._left:
+            raise DeviceError(
+                f"{worker.TRIES} starts of the workers ended before they had begun; their own words stand above. Each imports "
+                'the script that calls this: let it do so under if __name__ == "__main__"'
+            )
+        self._left -= 1
+        return super().reify(envs)
 
 
 def read_hosts(path: Path) -> tuple[Host, ...]:
@@ -154,12 +178,12 @@ def place(hosts: Sequence[Host]) -> int:
     return found[0]
 
 
-def _config(job: Job, many: Many, here: int) -> LaunchConfig:
+def _config(job: Job, many: Many, here: int, folder: Path) -> LaunchConfig:
     workers, hosts = many.workers, many.hosts
     multiprocessing.set_forkserver_preload(["__main__", "pennyweight.distribute.worker"])
     shared: dict[str, Any] = {
         "max_restarts": RESTARTS, "monitor_interval": 0.1, "start_method": "forkserver", "rdzv_backend": "c10d",
-        "logs_specs": DefaultLogsSpecs(), "shutdown_timeout": 5,
+        "logs_specs": _Starts(folder), "shutdown_timeout": 5,
     }  # fmt: skip
     if not hosts:
         os.environ.setdefault("GLOO_SOCKET_IFNAME", _interface("127.0.0.1"))

@@ -5,6 +5,8 @@ import json
 import os
 import signal
 import socket
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -189,6 +191,24 @@ def test_a_checkpoint_of_another_model_is_refused_by_one_error(folder: Path, tmp
     together(model("deepfm", folder), folder, RECIPE, tmp_path, Many(2), heard)
     with pytest.raises(ConfigError, match="another"):
         together(model("dnn", folder), folder, RECIPE, tmp_path, Many(2))
+
+
+def test_workers_that_never_begin_are_not_started_for_ever(folder: Path, tmp_path: Path) -> None:
+    """A script without a guard: each worker imports it, and so wants to start workers itself."""
+    script = tmp_path / "script.py"
+    script.write_text(
+        "from pathlib import Path\n"
+        "from pennyweight.data.dataset import Dataset\n"
+        "from pennyweight.distribute import launch\n"
+        "from pennyweight.model.ranking import DNN\n"
+        "from pennyweight.model.spec import spec_of\n"
+        "from pennyweight.model.train import Recipe\n"
+        f"data, home = Path({str(folder)!r}), Path({str(tmp_path / 'home')!r})\n"
+        "spec = spec_of(DNN, columns=Dataset.open(data).schema.columns, dim=8, hidden=(8,))\n"
+        "launch.train(spec, data, ('random', (0.8, 0.1, 0.1)), Recipe(epochs=1), 0, home, launch.Many(2))\n"
+    )
+    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 1 and "4 starts of the workers ended before they had begun" in done.stderr, done.stderr[-2000:]
 
 
 def test_workers_that_disagree_or_cannot_divide_say_so_once(folder: Path, tmp_path: Path) -> None:
