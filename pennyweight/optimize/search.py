@@ -693,7 +693,10 @@ class Search:
         smallest mix there is and the smallest that kept its bound, as a sum of losses alone is only a prediction.
         """
         fold: Structure = (FoldNorms(skip=self.forbidden),) if self.norms else ()
-        bundle = self._applied(plan((*trained, *fold)))
+        prefix = Plan((*trained, *fold))
+        bundle = self._applied(plan(prefix.transforms))
+        # Mixes are made of this very model, so that what was seen in it is not looked for again.
+        self.bundles[_key(prefix)] = bundle
         layers = described(bundle, self.env.allow)
         kept = (*self.forbidden, *(RETRIEVAL if staged(layers) else ()))
         self.say("allocate", "measuring what fewer bits cost each table and layer")
@@ -710,12 +713,14 @@ class Search:
         high, low = min(limit, *good, bundle.bytes) - head, float(offered.least)
         target = high if math.isfinite(limit) else high**0.75 * low**0.25  # a mild step first, for the proof to stand on
         seen: set[Structure] = set()
+        took = 0.0
         for _ in range(ALLOCATIONS):
-            found = offered.within(int(target))
-            if found is None or found.transforms in seen or self.spare < 0:
+            found, began = offered.within(int(target)), time.monotonic()
+            if found is None or found.transforms in seen or self.spare < 2 * took:  # more along axes takes longer
                 break
             seen.add(found.transforms)
             trial = self.attempt((*trained, *fold, *found.transforms), self._foreseen(bundle, found.transforms), "allocated")
+            took = time.monotonic() - began
             if trial.measured is None:
                 break
             self._swap(trial, dataclasses.replace(trial, losses=found.losses))
