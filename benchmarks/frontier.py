@@ -26,7 +26,7 @@ PICTURE, PAGE = DOCS / "images" / "frontier.svg", DOCS / "compress.md"
 BEGIN, END = "<!-- figures: python -m benchmarks.frontier -->", "<!-- end of figures -->"
 KINDS: Mapping[str, str] = {
     "free": "free", "free-6x": "free, smaller", "standard": "standard", "patient": "patient",
-    "standard-given": "standard, against the given model alone", "retrieval": "retrieval",
+    "standard-given": "standard, given only", "retrieval": "retrieval",
     "retrieval-12x": "retrieval, smaller", "sequence": "sequence", "huge-tail": "huge tail",
 }  # fmt: skip
 """Efforts and tasks by the first part of a row's id, in the table's order; another name stands for itself."""
