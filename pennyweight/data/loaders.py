@@ -117,8 +117,7 @@ def credit_default(path: Place, out: Place, *, fold: int = 0, seed: int = 0) -> 
     SEX, EDUCATION, MARRIAGE and the six PAY_ states are categorical, the rest numbers as they are (dollars and years), so a
     model should normalize its input. Split 80/10/10, stratified; ``fold`` of ten is the test part.
     """
-    if not 0 <= fold < 10:
-        raise ConfigError(f"fold {fold} is not one of 0 to 9")
+    _one_of(fold, 10)
     file = Path(path) / "UCI_Credit_Card.csv"
     frame = _csv(file)
     coded = [
@@ -145,8 +144,7 @@ def mnist(path: Place, out: Place, *, fold: int = 0, seed: int = 0) -> Split:
 
     ``fold`` of five is the test part; an eighth of the rest is valid.
     """
-    if not 0 <= fold < 5:
-        raise ConfigError(f"fold {fold} is not one of 0 to 4")
+    _one_of(fold, 5)
     file = Path(path) / "mnist_5k.csv.gz"
     table = _csv(file, header=False).to_numpy()
     if table.shape[1] != 785 or table.min() < 0 or table[:, :784].max() > 255 or table[:, 784].max() > 9:
@@ -166,8 +164,7 @@ def movie_review(path: Place, out: Place, *, fold: int = 0, length: int = 56, se
     ``fold`` of ten is the test part; a tenth of the rest, drawn, is valid. The vocabulary is learned from train alone, from
     tokens seen twice; see ``tokens``.
     """
-    if not 0 <= fold < 10:
-        raise ConfigError(f"fold {fold} is not one of 0 to 9")
+    _one_of(fold, 10)
     file = Path(path) / "rt-polarity.all"
     lines = _lines(file, "latin-1")
     label, text = _labelled(file, [line.split(" ", 1) for line in lines], {"0": 0.0, "1": 1.0})
@@ -325,6 +322,12 @@ def _parted(
             raise DataError(f"the split leaves {name} empty ({len(data)} rows); the files are not whole")
     catalog = data.catalog if items is not None else train.counted().catalog
     return Split(*(dataclasses.replace(v, catalog=catalog) for v in (train, valid, test)))
+
+
+def _one_of(fold: int, folds: int) -> None:
+    """Refuse a fold that is none of them."""
+    if not 0 <= fold < folds:
+        raise ConfigError(f"fold {fold} is not one of 0 to {folds - 1}")
 
 
 def _stratified(label: Array, fractions: Sequence[float], seed: int) -> Array:

@@ -693,8 +693,8 @@ class Search:
         smallest mix there is and the smallest that kept its bound, as a sum of losses alone is only a prediction.
         """
         fold: Structure = (FoldNorms(skip=self.forbidden),) if self.norms else ()
-        prefix = Plan((*trained, *fold))
-        bundle = self._applied(plan(prefix.transforms))
+        prefix = plan((*trained, *fold))
+        bundle = self._applied(prefix)
         # Mixes are made of this very model, so that what was seen in it is not looked for again.
         self.bundles[_key(prefix)] = bundle
         layers = described(bundle, self.env.allow)

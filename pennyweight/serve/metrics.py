@@ -7,6 +7,7 @@ that are not ours share the label ``other``: a scanner must not be able to fill 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from typing import Any, TypeVar
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.core import GaugeMetricFamily, Metric
@@ -16,6 +17,7 @@ from prometheus_client.registry import Collector
 from pennyweight.model.bundle import Policy
 from pennyweight.schedule.scheduler import Scheduler
 
+M = TypeVar("M")
 SECONDS = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5)
 REQUESTS = (1, 2, 4, 8, 16, 32, 64, 128)
 RATIOS = (0.25, 0.5, 0.7, 0.8, 0.9, 1.0, 1.1, 1.25, 1.5, 2.0, 4.0)
@@ -31,22 +33,13 @@ class Metrics:
         self._classes = {c.name for c in policy.classes} | {""}
         self._tenants = {t.name for t in policy.tenants} - {"*"} | {""}
         self._requests = self._counter("requests", "Requests answered.", "path", "status")
-        self._seconds = Histogram(
-            "pennyweight_request_seconds",
-            "From the request's head to its answer.",
-            ("path",),
-            buckets=SECONDS,
-            registry=self.registry,
+        self._seconds = self._made(
+            Histogram, "request_seconds", "From the request's head to its answer.", "path", buckets=SECONDS
         )
         self._answered: dict[tuple[str, int], tuple[Counter, Histogram]] = {}
-        self._batches = Histogram(
-            "pennyweight_batch_requests", "Requests joined into one forward.", buckets=REQUESTS, registry=self.registry
-        )
-        self._predicted = Histogram(
-            "pennyweight_predicted_over_actual",
-            "A batch's predicted seconds over those it took.",
-            buckets=RATIOS,
-            registry=self.registry,
+        self._batches = self._made(Histogram, "batch_requests", "Requests joined into one forward.", buckets=REQUESTS)
+        self._predicted = self._made(
+            Histogram, "predicted_over_actual", "A batch's predicted seconds over those it took.", buckets=RATIOS
         )
         self._answers = self._counter("answers", "Queries answered, by the variant that did.", "variant")
         self._sheds = self._counter(
@@ -59,7 +52,11 @@ class Metrics:
         self._swaps = self._counter("swaps", "Bundles exchanged while serving, by outcome.", "outcome")
 
     def _counter(self, name: str, says: str, *labels: str) -> Counter:
-        return Counter(f"pennyweight_{name}", says, labels, registry=self.registry)
+        return self._made(Counter, name, says, *labels)
+
+    def _made(self, kind: Callable[..., M], name: str, says: str, *labels: str, **more: Any) -> M:
+        """One of this service's own: between labels and where it is kept the library has namespace, subsystem and unit."""
+        return kind(f"pennyweight_{name}", says, labels, "", "", "", self.registry, **more)
 
     def follow(self, scheduler: Scheduler) -> None:
         """Report a scheduler's queue and workers from now on."""
@@ -67,9 +64,7 @@ class Metrics:
 
     def hot_rows(self, rate: Callable[[], float]) -> None:
         """Report how often a hot row answered a lookup."""
-        Gauge(
-            "pennyweight_hot_rows_hit_ratio", "Lookups answered by rows near the compute.", registry=self.registry
-        ).set_function(rate)
+        self._made(Gauge, "hot_rows_hit_ratio", "Lookups answered by rows near the compute.").set_function(rate)
 
     def answered(self, path: str, status: int, seconds: float) -> None:
         """Count one answer."""

@@ -25,6 +25,7 @@ from pennyweight.optimize.trial import Cost, Price, Result, Trial
 
 RECIPE = Recipe(batch=512, epochs=3, lr=3e-3, patience=1)
 QUICK = Options(seconds=40, epochs=1, tries=1, candidates=50, timing_s=0.05, engines=("eager",))
+UNHURRIED = dataclasses.replace(QUICK, seconds=200)  # on a busy machine as on an idle one
 
 HALF, INT8, INT4 = PruneNeurons(keep=0.5), QuantizeDense("int8"), QuantizeDense("int4")
 
@@ -39,7 +40,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_feasible_budget_is_met_proven_and_kept(run: Path, tmp_path: Path) -> None:
-    outcome = job.improve(run, parse("bytes <= 25kB, auc drop <= 0.01"), QUICK, out=tmp_path)
+    outcome = job.improve(run, parse("bytes <= 25kB, auc drop <= 0.01"), UNHURRIED, out=tmp_path)
     result, chosen = outcome.result, outcome.result.chosen
     assert chosen is not None and chosen.measured is not None and chosen.proof is not None
     assert result.verdict == "proven" and chosen.proof.drop_upper_95 <= 0.01
@@ -48,7 +49,7 @@ def test_a_feasible_budget_is_met_proven_and_kept(run: Path, tmp_path: Path) -> 
     _, _, _, split = job.open_run(run)
     base = outcomes(load(run / "bundle"), split.test, "auc")
     again = outcomes(kept, split.test, "auc")
-    assert np.corrcoef(base, again)[0, 1] > 0.9, "bits alone, or a structure and its recovery where there is time"
+    assert np.corrcoef(base, again)[0, 1] > 0.98
     assert loads(Result, (tmp_path / "result.json").read_bytes()) == result
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert summary["proven"] is True and summary["chosen"]["bytes"] == chosen.measured.bytes
@@ -111,10 +112,9 @@ def test_finished_trials_are_taken_from_disk(run: Path, tmp_path: Path) -> None:
         return {dumps(t["plan"]): t["measured"] for t in trials if t["measured"] and '"run"' not in dumps(t["plan"])}
 
     budget, told = parse("bytes <= 25kB, auc drop <= 0.01"), []
-    unhurried = dataclasses.replace(QUICK, seconds=200)  # on a busy machine as on an idle one
-    job.improve(run, budget, unhurried, out=tmp_path)
+    job.improve(run, budget, UNHURRIED, out=tmp_path)
     first = recorded()
-    job.improve(run, budget, unhurried, out=tmp_path, resume=True, watch=told.append)
+    job.improve(run, budget, UNHURRIED, out=tmp_path, resume=True, watch=told.append)
     second = recorded()
     assert len(first) >= 4 and second == first
     assert [step.message for step in told if step.stage == "train" and "loss" in step.message] == []
