@@ -36,7 +36,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pennyweight.accelerate.fuse import fused, lookups
+from pennyweight.accelerate.fuse import direct, fused, lookups
 from pennyweight.accelerate.record import Columns, beside, grouped, light, reads
 from pennyweight.core import hardware
 from pennyweight.core.errors import ConfigError, DeviceError
@@ -177,14 +177,15 @@ class Exported:
 
     def scorer(self, threads: int = 0) -> Scorer:
         """A session of ONNX Runtime on the CPU; 0 threads is one for every core."""
-        running = session(self.graph, threads)
+        running, found = session(self.graph, threads), self.found
+        outputs = [o.name for o in running.get_outputs()]
 
         def score(batch: Batch) -> Tensor:
             given = {name: beside(batch, columns).numpy() for name, columns in self.inputs.items()}
-            if self.found is not None:
-                given |= {f"found_{at}": rows.numpy() for at, rows in enumerate(self.found(batch))}
-            (output,) = running.run(None, given)
-            return torch.from_numpy(output)
+            if found is not None:
+                for at, rows in enumerate(found(batch)):
+                    given[f"found_{at}"] = rows.numpy()
+            return torch.from_numpy(running.run(outputs, given)[0])
 
         return score
 
@@ -256,7 +257,7 @@ def _apart(module: nn.Module, probe: Batch, inputs: Sequence[str]) -> Exported |
     given = {n: before.named[n] for n in names}
     tensors = {n: beside(rows, columns) for n, columns in given.items()} | found
     graph = _graph(_whole(_Positional(rest)), tensors, {n: (n,) for n in tensors})
-    return Exported(graph, given, before)
+    return Exported(graph, given, direct(before))
 
 
 class _Positional(nn.Module):

@@ -30,6 +30,7 @@ from pennyweight.accelerate.runner import Runner
 from pennyweight.core.curve import Curve, Learned
 from pennyweight.core.errors import ConfigError, DeviceError, PennyweightError
 from pennyweight.model.bundle import Bundle
+from pennyweight.model.layers import height
 from pennyweight.model.spec import Batch
 
 log = logging.getLogger(__name__)
@@ -178,7 +179,7 @@ class Dispatcher:
         Raises:
             DeviceError: no device is left that can run it.
         """
-        items = len(next(iter(batch.values())))
+        items = height(batch)
         with self._lock:
             parts = self.board.split(requests, items)
             for part in parts:

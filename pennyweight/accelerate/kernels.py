@@ -30,6 +30,7 @@ import torch
 from torch import Tensor, nn
 
 from pennyweight.core.errors import DeviceError
+from pennyweight.model.layers import height
 from pennyweight.model.spec import Batch, replace
 from pennyweight.model.tables import CodebookTable, Lookup, RowwiseTable, joined
 
@@ -200,7 +201,7 @@ class Graphed:
 
     def __call__(self, batch: Mapping[str, Tensor]) -> Tensor:
         """Logits of a batch on the GPU."""
-        rows = len(next(iter(batch.values())))
+        rows = height(batch)
         size = next((s for s in self.sizes if rows <= s), None)
         if size is None or self.note:
             return self.score(batch)

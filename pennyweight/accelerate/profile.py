@@ -23,6 +23,7 @@ from pennyweight.core.errors import ConfigError, DataError
 from pennyweight.core.measure import LOUD, Foreign
 from pennyweight.data.requests import Trace
 from pennyweight.model.bundle import Policy, Variant, load
+from pennyweight.model.layers import height
 from pennyweight.model.spec import Batch
 
 ROUNDS = 7
@@ -62,7 +63,7 @@ def profile(
             start = time.perf_counter_ns()
             runner.score(batch)
             taken.append((time.perf_counter_ns() - start) / 1e6)
-    work = [(n, _rows(batch)) for batch, n in sizes]
+    work = [(n, height(batch)) for batch, n in sizes]
     curve = Curve.fit([(*w, float(np.median(taken))) for w, taken in zip(work, times, strict=True)])
     ratios = np.concatenate([np.array(taken) / curve.ms(*w) for w, taken in zip(work, times, strict=True)])
     return dataclasses.replace(curve, safety=max(1.0, float(np.quantile(ratios, TAIL))))
@@ -112,12 +113,8 @@ def profiled(
     return dataclasses.replace(given.policy, variants=tuple(variants))
 
 
-def _rows(batch: Batch) -> int:
-    return len(next(iter(batch.values())))
-
-
 def _cut(batch: Batch, share: float) -> Batch:
-    rows = max(1, round(share * _rows(batch)))
+    rows = max(1, round(share * height(batch)))
     return {name: column[:rows] for name, column in batch.items()}
 
 

@@ -19,6 +19,7 @@ rows in use in memory. They leave memory when the bundle they came from does: th
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import importlib
 import logging
 import tempfile
@@ -38,6 +39,7 @@ from pennyweight.core.config import decode
 from pennyweight.core.errors import ConfigError, DeviceError
 from pennyweight.data.schema import Column
 from pennyweight.model.bundle import Bundle, Runtime
+from pennyweight.model.layers import height
 from pennyweight.model.placement import Placement
 from pennyweight.model.spec import Batch, Model, replace
 
@@ -89,7 +91,9 @@ class Runner:
         """The model in parts, once a runtime that shares work has seen a request."""
         self._kept: Shared | None = None
         self._unshared = not self.runtime.shared or self.home != "cpu"
-        settings = {(r.engine, r.threads): r for r in (self.runtime, *(self.runtime.at(b.rows) for b in self.runtime.buckets))}
+        self._sizes = [(b.rows, self.runtime.at(b.rows)) for b in self.runtime.buckets]
+        self._larger = dataclasses.replace(self.runtime, buckets=())
+        settings = {(r.engine, r.threads): r for r in (self._larger, *(r for _, r in self._sizes))}
         for runtime in settings.values():
             if runtime.engine == "eager" or probe is not None:
                 self._within(runtime.threads, lambda runtime=runtime: self._make(runtime, probe or {}))  # type: ignore[misc]
@@ -112,7 +116,10 @@ class Runner:
 
     def score(self, batch: Batch) -> Floats:
         """Logits [B] (or [B, classes]) of a batch, computed in cuts of at most ``runtime.batch`` rows."""
-        runtime = self.runtime.at(len(next(iter(batch.values())))) if self.runtime.buckets else self.runtime
+        runtime = self.runtime
+        if self._sizes:
+            rows = height(batch)
+            runtime = next((fit for most, fit in self._sizes if rows <= most), self._larger)
         return self._within(runtime.threads, lambda: _array(self._cut(runtime, batch)))
 
     def keep(self, probe: Batch, batch: Batch, ids: Ids, size: int) -> bool:
@@ -173,27 +180,25 @@ class Runner:
         before = torch.get_num_threads()
         torch.set_num_threads(threads or before)
         try:
-            with torch.inference_mode(), self._precise():
-                return work()
+            with torch.inference_mode():
+                if self.runtime.precision == "fp32":
+                    return work()
+                with torch.autocast("cpu" if self.home == "cpu" else "cuda", torch.bfloat16):
+                    return work()
         finally:
             torch.set_num_threads(before)
-
-    def _precise(self) -> contextlib.AbstractContextManager[Any]:
-        if self.runtime.precision == "fp32":
-            return contextlib.nullcontext()
-        return torch.autocast("cpu" if self.home == "cpu" else "cuda", torch.bfloat16)
 
     def _cut(self, runtime: Runtime, batch: Batch) -> Tensor:
         if not self._unshared and (shared := self._factored(batch)) is not None and repeated(batch, shared):
             return shared(batch)  # type: ignore[no-any-return]
         score, size = self._scorers.get((runtime.engine, runtime.threads)) or self._make(runtime, batch), runtime.batch
-        if not size or (rows := len(next(iter(batch.values())))) <= size:
+        if not size or (rows := height(batch)) <= size:
             return score(batch)
         return torch.cat([score({n: t[i : i + size] for n, t in batch.items()}) for i in range(0, rows, size)])
 
     def _factored(self, probe: Batch) -> Shared | None:
         """The model in parts, made from the first batch of two rows or more; None where nothing can be shared, said once."""
-        if self.shared is not None or len(next(iter(probe.values()))) < 2:
+        if self.shared is not None or height(probe) < 2:
             return self.shared
         try:
             if not self._item:

@@ -45,6 +45,7 @@ from pennyweight.core.config import dumps, encode, loads, named, write
 from pennyweight.core.errors import ConfigError, DeviceError, PlanError, StorageError
 from pennyweight.core.measure import Call, Latency, interleaved, over
 from pennyweight.model.bundle import Bucket, Bundle, Engine, Runtime
+from pennyweight.model.layers import height
 from pennyweight.model.spec import Batch
 from pennyweight.model.transform import Env, Transform
 
@@ -205,7 +206,7 @@ def fastest(
     """
     if not batches:
         raise PlanError("tune needs at least one request to measure with; sample a trace with Trace.sample")
-    rows = max(len(next(iter(b.values()))) for b in batches)
+    rows = max(height(b) for b in batches)
     axes: dict[str, Sequence[object]] = {
         "engine": engines,
         "threads": threads or _powers(hardware.limits()[0]),
@@ -422,7 +423,7 @@ def tune_sizes(
             f"tune_sizes needs batches, and sizes from 1 that grow; got {len(batches)} batches, sizes {list(sizes)}"
         )
     rows = {n: torch.cat([b[n] for b in batches]) for n in batches[0]}
-    count = len(next(iter(rows.values())))
+    count = height(rows)
     maker, plain = settings.pop("maker", None) or _sharing(), bundle.replace(runtime=Runtime())
     best: dict[int, SetRuntime] = {}
     traces: dict[int, tuple[Timing, ...]] = {}

@@ -20,6 +20,7 @@ from pennyweight.data.requests import Trace
 from pennyweight.data.schema import FIRST, Column
 from pennyweight.model import keras
 from pennyweight.model.bundle import Bundle
+from pennyweight.model.layers import height
 from pennyweight.model.onnx import Onnx
 from pennyweight.model.spec import Spec
 
@@ -40,7 +41,7 @@ def batches(bundle: Bundle, module: nn.Module, data: Batch | None = None, seed: 
     whole = data or _asked(bundle.catalog, seed) or _declared(bundle.model.spec, module, seed)
     if not whole:
         raise DataError("the bundle has no catalogue that says what a row looks like; name a dataset with --data")
-    most = len(next(iter(whole.values())))
+    most = height(whole)
     if most < 2:  # a batch of one would be taken for the only size there is
         whole, most = {n: t.expand(2, *t.shape[1:]) for n, t in whole.items()}, 2
     return [{n: t[:rows].contiguous() for n, t in whole.items()} for rows in _sizes(most)]
@@ -57,7 +58,7 @@ def retrieval(catalog: Catalog, seed: int = 0) -> tuple[Batch, Batch] | None:
 
 def cuts(users: Batch, items: Batch) -> tuple[tuple[int, int], ...]:
     """How many users and items each probe of a retrieval has."""
-    asking, offered = (len(next(iter(side.values()))) for side in (users, items))
+    asking, offered = map(height, (users, items))
     return (1, 1), (1, offered), (asking, offered)
 
 

@@ -70,6 +70,11 @@ class Beside(Mapping[str, Tensor]):
         return len(self.place)
 
 
+def height(batch: Batch) -> int:
+    """Rows of a batch."""
+    return len(next(iter((batch.whole if isinstance(batch, Beside) else batch).values())))
+
+
 def stacked(batch: Batch, names: tuple[str, ...]) -> Tensor:
     """Columns [B] of one type side by side, [B, columns]; where they lie so already, as they are."""
     ready = batch.whole.get(names) if isinstance(batch, Beside) and len(names) > 1 else None
