@@ -32,16 +32,26 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import safetensors
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.checkpoint._hf_utils import CUSTOM_METADATA_KEY, SAVED_OFFSETS_KEY, _gen_file_name
+from torch.distributed.checkpoint._hf_utils import CUSTOM_METADATA_KEY, SAVED_OFFSETS_KEY, _gen_file_name, _HFStorageInfo
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
-from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    StorageMeta,
+    TensorProperties,
+    TensorStorageMetadata,
+)
 from torch.distributed.checkpoint.planner import (
+    LoadPlan,
     LoadPlanner,
     ReadItem,
     SavePlan,
@@ -67,6 +77,9 @@ _TYPES = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
     torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
 }  # fmt: skip
+_NAMED = {name: data_type for data_type, name in _TYPES.items()}
+Stored = tuple[torch.dtype, npt.NDArray[Any]]
+"""A tensor in a file: its type, and its numbers as whole numbers of as many bytes."""
 _KINDS = ("module.", "best.", "optimizer.", "tables.")
 
 
@@ -145,18 +158,72 @@ class _Writer(HuggingFaceStorageWriter):
 
 
 class _Reader(HuggingFaceStorageReader):
-    """Reads into tensors some rows at a time; the package's own reads all of each first."""
+    """Reads some rows at a time; the package's own maps a file so that it counts as memory taken, and reads all of it."""
 
-    def _process_read_request(self, f: Any, req: ReadItem, planner: LoadPlanner) -> None:
-        stored = f.get_slice(req.storage_index.fqn)
+    def read_metadata(self) -> Metadata:
+        """What lies where, from the heads of all files."""
+        tensors: dict[str, TensorStorageMetadata] = {}
+        places: dict[MetadataIndex, _HFStorageInfo] = {}
+        for path in sorted(Path(self.path).glob("*.safetensors")):
+            head, _ = _head(path)
+            blocks = json.loads(head.pop("__metadata__")[CUSTOM_METADATA_KEY])
+            for name, entry in head.items():
+                data_type, shape = _NAMED[entry["dtype"]], torch.Size(entry["shape"])
+                block = ChunkStorageMetadata(torch.Size(blocks[name][SAVED_OFFSETS_KEY]), shape)
+                one = tensors.setdefault(name, TensorStorageMetadata(TensorProperties(data_type), shape, []))
+                one.chunks.append(block)
+                one.size = torch.Size(max(n, o + m) for n, o, m in zip(one.size, block.offsets, shape, strict=True))
+                places[MetadataIndex(name, block.offsets)] = _HFStorageInfo(str(path), shape, data_type)
+        return Metadata(tensors, storage_data=places, storage_meta=StorageMeta(load_id=self.load_id))  # type: ignore[arg-type]
+
+    def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
+        """The blocks that were planned, file by file."""
+        files: dict[str, list[ReadItem]] = {}
+        for item in plan.items:
+            files.setdefault(self.storage_data[item.storage_index].relative_path, []).append(item)
+        for path, items in files.items():
+            stored = _mapped(Path(path))
+            for item in items:
+                self._process_read_request(stored, item, planner)
+        done: Future[None] = Future()
+        done.set_result(None)
+        return done
+
+    def _process_read_request(self, f: Mapping[str, Stored], req: ReadItem, planner: LoadPlanner) -> None:
+        data_type, stored = f[req.storage_index.fqn]
         target = planner.resolve_tensor(req).detach()
         (first, *rest), (count, *sizes) = req.storage_offsets, req.lengths
         inner = tuple(slice(o, o + n) for o, n in zip(rest, sizes, strict=True))
         step = max(1, PIECE // max(1, math.prod(sizes) * target.element_size()))
         for at in range(0, count, step):
             stop = min(at + step, count)
-            target[at:stop] = stored[(slice(first + at, first + stop), *inner)]
+            rows = np.array(stored[(slice(first + at, first + stop), *inner)])
+            target[at:stop] = torch.from_numpy(rows).view(data_type)
         planner.commit_tensor(req, target)
+
+
+def _mapped(path: Path) -> dict[str, Stored]:
+    """The tensors of a safetensors file by name, as whole numbers of their size, mapped to be read only."""
+    head, begin = _head(path)
+    found: dict[str, Stored] = {}
+    for name, entry in head.items():
+        if name != "__metadata__":
+            data_type, (start, stop) = _NAMED[entry["dtype"]], entry["data_offsets"]
+            whole = np.dtype(f"<i{data_type.itemsize}")
+            if stop - start != math.prod(entry["shape"]) * whole.itemsize:
+                raise ValueError(f"{path}: {name} is not as long as its shape says")
+            shape = tuple(entry["shape"])
+            empty = not math.prod(shape)
+            found[name] = (data_type, np.empty(shape, whole) if empty else np.memmap(path, whole, "r", begin + start, shape))
+    return found
+
+
+def _head(path: Path) -> tuple[dict[str, Any], int]:
+    """A safetensors file's own description of its tensors, and where their numbers begin."""
+    with open(path, "rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+        head: dict[str, Any] = json.loads(file.read(size))
+    return head, 8 + size
 
 
 class Folder:
@@ -180,13 +247,13 @@ class Folder:
         return str(self.path)
 
     def save(self, tensors: Mapping[str, Tensor], notes: Mapping[str, str]) -> None:
-        """Copy this worker's tensors; they are written while the training goes on, after those of the save before."""
+        """Copy this worker's tensors (lean: not), and write them while the training goes on, after those of the save before."""
         self.wait()
         scalars = [k for k, t in tensors.items() if not t.dim()]
-        copies = {
-            k: t.detach().reshape(t.shape or (1,)).clone(memory_format=torch.contiguous_format) for k, t in tensors.items()
-        }
-        state = {k: self._block(k, t) for k, t in copies.items()}
+        given = {k: t.detach().reshape(t.shape or (1,)).contiguous() for k, t in tensors.items()}
+        if not self.lean:
+            given = {k: t.clone() if t.data_ptr() == tensors[k].data_ptr() else t for k, t in given.items()}
+        state = {k: self._block(k, t) for k, t in given.items()}
         self.number += 1
         told = {**notes, "scalars": json.dumps(scalars), "workers": str(dist.get_world_size(self.group))}
         self.pending = self.thread.submit(self._write, self.number, state, told)
