@@ -12,14 +12,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import dataclasses
 import errno
 import functools
 import hmac
 import importlib.resources
 import json
 import logging
-import math
 import os
 import signal
 import socket
@@ -41,7 +39,6 @@ from pennyweight.core.errors import (
     DeviceError,
     Forbidden,
     NotFound,
-    Overloaded,
     PennyweightError,
     RequestError,
     StorageError,
@@ -49,7 +46,7 @@ from pennyweight.core.errors import (
 )
 from pennyweight.model import bundle as bundles
 from pennyweight.model.bundle import Bundle
-from pennyweight.serve import binary
+from pennyweight.serve import binary, wire
 from pennyweight.serve import messages as m
 from pennyweight.serve.alarm import Alarm
 from pennyweight.serve.binary import KIND
@@ -57,25 +54,21 @@ from pennyweight.serve.engine import Engine
 from pennyweight.serve.metrics import Metrics
 from pennyweight.serve.openapi import Route, document
 from pennyweight.serve.pool import Pool
+from pennyweight.serve.reply import Reply, failed, headers, problem
 from pennyweight.serve.service import Service
-from pennyweight.serve.wire import Guarded, connections
+from pennyweight.serve.wire import Connection, connections
 
 Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 
 log = logging.getLogger("pennyweight.serve")
+Given = Mapping[bytes, bytes]
+"""Headers by their names in lower case."""
+BINARY, encode = KIND.encode(), msgspec.json.Encoder().encode
 
-BODY_S = 30.0
-"""Seconds a client may take to send its body."""
 STOP_S = 30
 """Seconds that accepted requests are given when the service stops."""
-WATCH_S = 0.05
-"""Seconds after which a request that still waits is dropped as soon as its client leaves; sooner is not worth a task."""
-CODES = {
-    400: "bad_request", 403: "forbidden", 404: "not_found", 409: "conflict", 413: "too_large", 422: "poison", 429: "overloaded",
-    507: "storage",
-}  # fmt: skip
 PAGE = {
     "/": ("index.html", "text/html; charset=utf-8"),
     "/docs": ("docs.html", "text/html; charset=utf-8"),
@@ -86,24 +79,17 @@ PAGE = {
 }
 
 
-@dataclasses.dataclass(frozen=True)
-class Reply:
-    """An answer before it is sent."""
-
-    status: int
-    body: bytes
-    kind: str = "application/json"
-    headers: tuple[tuple[str, str], ...] = ()
-
-
 class App:
     """The ASGI application of one bundle and one event log."""
 
     def __init__(self, service: Service, token: str = "") -> None:
         self.service = service
         self._token = token
-        self._bodies, self._waits = Alarm(), Alarm()
-        self._most = max(1 << 20, 64 * service.policy.candidates)
+        self.alarms = Alarm(), Alarm(), Alarm()
+        """For heads, bodies and silence, of all connections together."""
+        self.most = max(1 << 20, 64 * service.policy.candidates)
+        """Bytes of a body."""
+        self._kept: set[asyncio.Future[Any]] = set()
 
     @classmethod
     def open(cls, bundle: str | Path, store: str | Path | None = None, allow: Sequence[str] = ()) -> App:
@@ -119,43 +105,58 @@ class App:
         return cls(Service(bundles.load(path), store or path.absolute().parent / "events.db", allow))
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer one connection, as ASGI has it."""
+        """Answer one request, as ASGI has it: under Uvicorn's own protocol or another server, whose bounds are its own."""
         if scope["type"] == "lifespan":
             return await self._lifespan(receive, send)
         if scope["type"] != "http":
             return  # a websocket: the server answers 403 to an application that does not accept
+        headers = [(name.lower(), value) for name, value in scope["headers"]]
+        try:
+            async with asyncio.timeout(wire.BODY_S):
+                body = await self._read(receive, int(dict(headers).get(b"content-length", b"0")))
+        except TimeoutError:
+            return await _send(failed(RequestError(wire.SLOW.format(wire.BODY_S))), send)
+        except RequestError as error:
+            return await _send(failed(error), send)
+        work = asyncio.ensure_future(self.reply(scope["method"], scope["path"], scope["query_string"], headers, body))
+        gone = asyncio.ensure_future(_gone(receive))
+        try:
+            await asyncio.wait({work, gone}, return_when=asyncio.FIRST_COMPLETED)
+            if not work.done():
+                return self.left()
+            await _send(work.result(), send, head=scope["method"] == "HEAD")
+        finally:
+            work.cancel()
+            gone.cancel()
+
+    async def reply(self, method: str, path: str, query: bytes, headers: wire.Headers, body: bytes) -> Reply:
+        """Answer one request that is here whole; headers' names are in lower case."""
         start = time.perf_counter()
         try:
-            reply = await self._reply(scope, receive)
-        except asyncio.CancelledError:
-            if not scope.get("pennyweight.left"):
-                raise
-            return self.service.metrics.left()  # nobody is there to be told
-        path = scope["path"] if scope["path"] in PATHS else "other"
-        self.service.metrics.answered(path, reply.status, time.perf_counter() - start)
-        await _send(reply, send, head=scope["method"] == "HEAD")
+            reply = await self._answer("GET" if method == "HEAD" else method, path, query, dict(headers), body)
+        except (RequestError, StorageError) as error:
+            reply = failed(error)
+        except Exception:
+            number = uuid.uuid4().hex[:12]
+            log.exception("error %s at %s %s", number, method, path)
+            reply = problem(500, "internal", f"something inside the service failed; its log says what, under {number}")
+        self.service.metrics.answered(path if path in PATHS else "other", reply.status, time.perf_counter() - start)
+        return reply
+
+    def left(self) -> None:
+        """A client left before its answer."""
+        self.service.metrics.left()
 
     async def get(self, target: str) -> tuple[int, str]:
         """Status and body of a GET, without a socket."""
         url = urlsplit(target)
-        sent: list[MutableMapping[str, Any]] = []
-        body = iter([{"type": "http.request", "body": b"", "more_body": False}])
-
-        async def receive() -> MutableMapping[str, Any]:
-            return next(body, None) or await asyncio.get_running_loop().create_future()  # this client never leaves
-
-        async def send(message: MutableMapping[str, Any]) -> None:
-            sent.append(message)
-
-        await self(
-            {"type": "http", "method": "GET", "path": url.path, "query_string": url.query.encode(), "headers": []},
-            receive,
-            send,
-        )
-        return sent[0]["status"], sent[1]["body"].decode()
+        reply = await self.reply("GET", url.path, url.query.encode(), [], b"")
+        return reply.status, reply.body.decode()
 
     async def close(self) -> None:
         """Finish what was accepted and let go of everything."""
+        if self._kept:
+            await asyncio.wait(self._kept)
         await self.service.close()
 
     async def _lifespan(self, receive: Receive, send: Send) -> None:
@@ -167,81 +168,55 @@ class App:
             if message["type"] == "lifespan.shutdown":
                 return
 
-    async def _reply(self, scope: Scope, receive: Receive) -> Reply:
-        try:
-            return await self._answer(scope, receive)
-        except (RequestError, StorageError) as error:
-            return _failed(error)
-        except Exception:
-            number = uuid.uuid4().hex[:12]
-            log.exception("error %s at %s %s", number, scope["method"], scope["path"])
-            return _problem(500, "internal", f"something inside the service failed; its log says what, under {number}")
-
-    async def _answer(self, scope: Scope, receive: Receive) -> Reply:
-        method, path = "GET" if scope["method"] == "HEAD" else scope["method"], scope["path"]
+    async def _answer(self, method: str, path: str, query: bytes, headers: Given, body: bytes) -> Reply:
         known = PATHS.get(path)
         if known is None:
             raise NotFound(f"no path {path!r}; known: {', '.join(p for p in PATHS if not p.startswith('/page/'))}")
-        if method not in known:
+        route = known.get(method)
+        if route is None:
             allowed = ", ".join([*known, "HEAD"] if "GET" in known else known)
-            return _problem(405, "method_not_allowed", f"{path} does not take {method}; use {allowed}", ("allow", allowed))
-        headers = {k.decode("latin-1").lower(): v.decode("latin-1") for k, v in scope["headers"]}
+            return problem(405, "method_not_allowed", f"{path} does not take {method}; use {allowed}", ("allow", allowed))
         if method == "POST" and _foreign(headers):
-            return _problem(
-                403, "foreign_origin", f"a page of {headers['origin']} may not write here; ask from the service's own page"
-            )
-        route = known[method]
+            origin = headers[b"origin"].decode("latin-1")
+            return problem(403, "foreign_origin", f"a page of {origin} may not write here; ask from the service's own page")
         if isinstance(route, Reply):
             return route
-        packed = route.packed if headers.get("content-type", "").startswith(KIND) else None
+        packed = route.packed if headers.get(b"content-type", b"").startswith(BINARY) else None
         if method == "GET":
-            ask = _query(scope["query_string"], route.takes)
+            ask = _query(query, route.takes)
         else:
-            body = await self._body(receive, headers)
             ask = packed[0](body) if packed is not None else _json(body, route.takes)
         if isinstance(ask, m.Scheduled):
             _headed(ask, headers)
         elif isinstance(ask, m.Swap):
             self._entitled(headers)
         work = route.answer(self.service, ask)
-        answer = await (self._watched(scope, receive, work) if isinstance(ask, m.Scheduled) else work)
+        answer = await (self._through(work) if method == "POST" and not isinstance(ask, m.Scheduled) else work)
         if packed is not None:
             return Reply(200, packed[1](answer), KIND)
-        return answer if isinstance(answer, Reply) else Reply(200, msgspec.json.encode(answer))
+        return answer if isinstance(answer, Reply) else Reply(200, encode(answer))
 
-    def _entitled(self, headers: Mapping[str, str]) -> None:
+    async def _through(self, work: Awaitable[Any]) -> Any:
+        """What comes of work that goes on even if its client leaves: what is to be stored, or exchanged."""
+        task = asyncio.ensure_future(work)
+        self._kept.add(task)
+        task.add_done_callback(self._kept.discard)
+        return await asyncio.shield(task)
+
+    def _entitled(self, headers: Given) -> None:
         if not self._token:
             raise Forbidden(
                 "bundles are exchanged here by who has the service's token, and it was started without one; set "
                 "PENNYWEIGHT_TOKEN, or send the process SIGHUP"
             )
-        if not hmac.compare_digest(headers.get("authorization", "").encode(), f"Bearer {self._token}".encode()):
+        if not hmac.compare_digest(headers.get(b"authorization", b""), f"Bearer {self._token}".encode()):
             raise Forbidden("that is not the service's token; send it as: authorization: Bearer TOKEN")
-
-    async def _body(self, receive: Receive, headers: Mapping[str, str]) -> bytes:
-        task, late = _task(), False
-
-        def cut() -> None:
-            nonlocal late
-            late = True
-            task.cancel()
-
-        alarm = self._bodies.set(BODY_S, cut)
-        try:
-            return await self._read(receive, int(headers.get("content-length", "0")))
-        except asyncio.CancelledError as error:
-            if not late:
-                raise
-            task.uncancel()
-            raise RequestError(f"the body did not arrive within {BODY_S:g} s; send it again") from error
-        finally:
-            self._bodies.off(alarm)
 
     async def _read(self, receive: Receive, announced: int) -> bytes:
         body, more, size = [], True, announced
         while more:
-            if size > self._most:
-                raise TooLarge(f"a body of {size} bytes or more, and {self._most} are taken; send it in parts")
+            if size > self.most:
+                raise TooLarge(f"a body of {size} bytes or more, and {self.most} are taken; send it in parts")
             message = await receive()
             if message["type"] == "http.disconnect":
                 raise RequestError("the client left before its body arrived")
@@ -249,28 +224,6 @@ class App:
             size = max(announced, sum(map(len, body)))
             more = message.get("more_body", False)
         return b"".join(body)
-
-    async def _watched(self, scope: Scope, receive: Receive, work: Awaitable[Any]) -> Any:
-        """What comes of some work, which is cancelled when its client leaves, if it lasts for longer than a moment."""
-        task, watch = _task(), None
-
-        async def wait() -> None:
-            while (await receive())["type"] != "http.disconnect":
-                pass
-            scope["pennyweight.left"] = True
-            task.cancel()
-
-        def begin() -> None:
-            nonlocal watch
-            watch = asyncio.get_running_loop().create_task(wait())
-
-        alarm = self._waits.set(WATCH_S, begin)
-        try:
-            return await work
-        finally:
-            self._waits.off(alarm)
-            if watch is not None:
-                watch.cancel()
 
 
 def run(
@@ -330,12 +283,13 @@ async def _serve(
             return pool[0]
 
     service = Service(loaded, store or path.absolute().parent / "events.db", allow, engine)
+    app = App(service, os.environ.get("PENNYWEIGHT_TOKEN", ""))
     try:
         if pool:
             await pool[0].start()
         config = uvicorn.Config(
-            App(service, os.environ.get("PENNYWEIGHT_TOKEN", "")),
-            http=Guarded,
+            app,
+            http=Connection,
             lifespan="off",
             log_level="error",  # what is no HTTP is not worth a line each time
             access_log=False,
@@ -344,7 +298,7 @@ async def _serve(
             timeout_graceful_shutdown=STOP_S,
         )
         shown = f"[{host}]" if ":" in host else host
-        Guarded.most = connections()
+        Connection.most = connections()
         listener.listen(BACKLOG)  # who comes from here on is answered
         print(f"{path} is served on http://{shown}:{listener.getsockname()[1]} (Ctrl-C stops)", file=sys.stderr, flush=True)
         if pool:
@@ -353,7 +307,7 @@ async def _serve(
         with contextlib.suppress(KeyboardInterrupt):  # uvicorn raises what it caught again, once it has stopped
             await _Server(config, service).serve(sockets=[listener])
     finally:
-        await service.close()
+        await app.close()
 
 
 class _Server(uvicorn.Server):
@@ -429,60 +383,44 @@ def _listen(host: str, port: int) -> socket.socket:
         return listener
 
 
-async def _send(reply: Reply, send: Send, head: bool) -> None:
+async def _send(reply: Reply, send: Send, head: bool = False) -> None:
     size = (b"content-length", b"%d" % len(reply.body))
-    await send({"type": "http.response.start", "status": reply.status, "headers": [size, *_head(reply.kind, reply.headers)]})
+    await send({"type": "http.response.start", "status": reply.status, "headers": [size, *headers(reply.kind, reply.headers)]})
     await send({"type": "http.response.body", "body": b"" if head else reply.body})
 
 
-@functools.lru_cache(256)
-def _head(kind: str, more: tuple[tuple[str, str], ...]) -> list[tuple[bytes, bytes]]:
-    headers = [("content-type", kind), ("cache-control", "no-cache"), ("x-content-type-options", "nosniff"), *more]
-    return [(k.encode(), v.encode()) for k, v in headers]
-
-
-def _problem(status: int, code: str, text: str, *headers: tuple[str, str]) -> Reply:
-    message, _, remedy = text.partition("; ")
-    return Reply(status, msgspec.json.encode(m.Failure(m.Problem(status, code, message, remedy))), headers=headers)
-
-
-def _failed(error: PennyweightError) -> Reply:
-    again = [("retry-after", str(max(1, math.ceil(error.retry_after))))] if isinstance(error, Overloaded) else []
-    return _problem(error.status, CODES[error.status], str(error), *again)
-
-
-def _task() -> asyncio.Task[Any]:
-    task = asyncio.current_task()
-    assert task is not None
-    return task
+async def _gone(receive: Receive) -> None:
+    """Until the client has left."""
+    while (await receive())["type"] != "http.disconnect":
+        pass
 
 
 HEADERS = {
-    "x-priority": "priority",
-    "x-tenant": "tenant",
-    "x-deadline-ms": "deadline_ms",
-    "x-degrade": "degrade",
+    b"x-priority": "priority",
+    b"x-tenant": "tenant",
+    b"x-deadline-ms": "deadline_ms",
+    b"x-degrade": "degrade",
 }
 
 
-def _headed(ask: m.Scheduled, headers: Mapping[str, str]) -> None:
+def _headed(ask: m.Scheduled, headers: Given) -> None:
     """What headers say of a request's scheduling, where its body does not."""
-    given = {field: headers[name] for name, field in HEADERS.items() if name in headers}
-    if not given:
+    if HEADERS.keys().isdisjoint(headers):
         return
+    given = {field: headers[name].decode("latin-1") for name, field in HEADERS.items() if name in headers}
     try:
         said = msgspec.convert(given, m.Scheduled, strict=False)
     except msgspec.ValidationError as error:
-        raise RequestError(f"a header is wrong: {error}; headers: {', '.join(HEADERS)}") from error
+        raise RequestError(f"a header is wrong: {error}; headers: {b', '.join(HEADERS).decode()}") from error
     for field in given:
         if getattr(ask, field) in ("", None):
             setattr(ask, field, getattr(said, field))
 
 
-def _foreign(headers: Mapping[str, str]) -> bool:
+def _foreign(headers: Given) -> bool:
     """Whether a browser sends this for a page of another site."""
-    origin = headers.get("origin")
-    return origin is not None and urlsplit(origin).netloc != headers.get("host")
+    origin = headers.get(b"origin")
+    return origin is not None and urlsplit(origin).netloc != headers.get(b"host")
 
 
 def _json(body: bytes, takes: Any) -> Any:

@@ -27,6 +27,7 @@ from pennyweight.model.bundle import Bundle, Policy, save
 from pennyweight.model.spec import Model
 from pennyweight.serve import app as server
 from pennyweight.serve import messages as m
+from pennyweight.serve import reply, wire
 
 Serve = Callable[[Bundle], Any]
 
@@ -159,7 +160,7 @@ def test_a_body_too_large_is_413_before_it_is_read(client: Any, announced: bool)
 
 
 def test_a_body_that_does_not_arrive_is_400(client: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(server, "BODY_S", 0.02)
+    monkeypatch.setattr(wire, "BODY_S", 0.02)
 
     async def never() -> Any:
         yield b"{"
@@ -267,7 +268,7 @@ NAMES = st.sampled_from(["user", "item", "items", "liked", "k", "context", "kind
 def test_no_json_is_a_500(client: Any, path: str, body: object) -> None:
     answer = client("POST", path, content=json.dumps(body))
     if answer.status_code != 200:
-        failure(answer, answer.status_code, server.CODES[answer.status_code])
+        failure(answer, answer.status_code, reply.CODES[answer.status_code])
 
 
 @settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture], derandomize=True)

@@ -14,8 +14,7 @@ import pytest
 
 from pennyweight.core.errors import BundleError, ConfigError
 from pennyweight.model.bundle import Bundle, Policy, Priority, Tenant
-from pennyweight.serve import app as server
-from pennyweight.serve import binary
+from pennyweight.serve import binary, reply
 from pennyweight.serve import pool as pools
 from pennyweight.serve.slot import Packed, Slot, read_answers, read_queries, write_answers, write_queries
 from pennyweight.serve.worker import Query, Ranked
@@ -326,8 +325,8 @@ def test_statuses_have_a_code() -> None:
     from pennyweight.core import errors
 
     ours = [e for e in vars(errors).values() if isinstance(e, type) and issubclass(e, errors.RequestError)]
-    assert {e.status for e in ours} <= set(server.CODES)
+    assert {e.status for e in ours} <= set(reply.CODES)
 
 
 def test_an_empty_bundle_argument_is_no_worker(cascade: Bundle) -> None:
-    assert server._devices(cascade)[0] == "cpu" and server._devices(cascade)[1] >= 1
+    assert _devices(cascade)[0] == "cpu" and _devices(cascade)[1] >= 1

@@ -13,7 +13,7 @@ import uvicorn
 from pennyweight.model.bundle import Bundle
 from pennyweight.serve import app as server
 from pennyweight.serve import wire
-from pennyweight.serve.wire import Guarded, connections
+from pennyweight.serve.wire import Connection, connections
 
 Scene = Callable[[int], Awaitable[Any]]
 
@@ -26,7 +26,7 @@ def at_socket(serve: Callable[[Bundle], Any], cascade: Bundle) -> Callable[[Scen
     async def whole(scene: Scene) -> Any:
         listener = socket.socket()
         listener.bind(("127.0.0.1", 0))
-        config = uvicorn.Config(client.app, http=Guarded, lifespan="off", log_level="critical", access_log=False, ws="none")
+        config = uvicorn.Config(client.app, http=Connection, lifespan="off", log_level="critical", access_log=False, ws="none")
         one = uvicorn.Server(config)
         one.install_signal_handlers = lambda: None  # type: ignore[attr-defined]
         task = asyncio.create_task(one._serve([listener]))
@@ -113,7 +113,7 @@ def test_a_head_that_stops_is_cut_off_and_one_that_never_begins_too(at_socket: A
 
 
 def test_a_body_that_stops_is_400(at_socket: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(server, "BODY_S", 0.2)
+    monkeypatch.setattr(wire, "BODY_S", 0.2)
     head = b"POST /score HTTP/1.1\r\nhost: x\r\nconnection: close\r\ncontent-length: 100\r\n\r\n{"
     assert "did not arrive" in failure(at_socket(lambda port: said(port, head)), 400)
 
@@ -145,7 +145,7 @@ def test_a_client_that_reads_nothing_is_cut_off(at_socket: Any, monkeypatch: pyt
 
 
 def test_more_clients_than_there_may_be_are_told_so(at_socket: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Guarded, "most", 5)
+    monkeypatch.setattr(Connection, "most", 5)
 
     async def scene(port: int) -> bytes:
         idle = [await asyncio.open_connection("127.0.0.1", port) for _ in range(5)]
