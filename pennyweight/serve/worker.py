@@ -135,9 +135,19 @@ class Worker:
             return [Ranked(chosen, np.empty(0, np.float32)) for chosen in items]
         if self.runner.runtime.shared:  # each alone: what its candidates share is more than what requests do
             return [Ranked(i, self._scored(asker, i)) for asker, i in zip(askers, items, strict=True)]
-        batches = [self._batch(asker, chosen) for asker, chosen in zip(askers, items, strict=True) if len(chosen)]
-        scores = _finite(self.runner.score(_joined(batches)), "scores")
-        return [Ranked(i, s) for i, s in zip(items, np.split(scores, np.cumsum(lengths)[:-1]), strict=True)]
+        scores = _finite(self.runner.score(self._rows_of(askers, items, lengths)), "scores")
+        if len(items) == 1:
+            return [Ranked(items[0], scores)]
+        ends = np.cumsum(lengths).tolist()
+        return [Ranked(i, scores[stop - n : stop]) for i, n, stop in zip(items, lengths, ends, strict=True)]
+
+    def _rows_of(self, askers: Sequence[Asker], items: Sequence[Ids], lengths: Sequence[int]) -> dict[str, Tensor]:
+        """One batch of all requests: the items' columns are looked up together, the askers' rows repeated."""
+        if len(items) == 1:
+            return self._batch(askers[0], items[0])
+        whose = torch.from_numpy(np.repeat(np.arange(len(items)), lengths))
+        rows = {name: column.index_select(0, whose) for name, column in _joined(askers).items()}
+        return {**self.catalog.item_batch(np.concatenate(items)), **rows}
 
     def _scored(self, asker: Asker, items: Ids) -> Floats:
         if not len(items):

@@ -16,6 +16,7 @@ from pennyweight.core.errors import BundleError, ConfigError
 from pennyweight.model.bundle import Bundle, Policy, Priority, Tenant
 from pennyweight.serve import binary, reply
 from pennyweight.serve import pool as pools
+from pennyweight.serve.app import _devices
 from pennyweight.serve.slot import Packed, Slot, read_answers, read_queries, write_answers, write_queries
 from pennyweight.serve.worker import Query, Ranked
 from tests.serve.conftest import BROKEN, DEADLY, SLOW, STUCK, Client, Frail, known, pooled
@@ -118,9 +119,11 @@ def test_a_killed_worker_loses_nothing(hurt: Client) -> None:
 
     async def scene() -> list[httpx.Response]:
         await until(lambda: whole(hurt))
-        asks = [{"user": SLOW if k < 2 else 15, "items": [1, 2], "tenant": "shop"} for k in range(20)]
-        tasks = [asyncio.create_task(hurt.http.post("/score", json=ask)) for ask in asks]
-        await until(lambda: sum(m.flight is not None for m in pool.members) == 2)
+        tasks = []
+        for k in range(20):
+            ask = {"user": SLOW if k < 2 else 15, "items": [1, 2], "tenant": "shop"}
+            tasks.append(asyncio.create_task(hurt.http.post("/score", json=ask)))
+            await until(lambda k=k: sum(m.flight is not None for m in pool.members) == min(2, k + 1))  # type: ignore[misc]
         victim = next(m for m in pool.members if m.flight is not None)
         victim.process.send_signal(signal.SIGKILL)
         answers = await asyncio.gather(*tasks)
