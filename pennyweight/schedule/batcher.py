@@ -2,7 +2,8 @@
 
 ``Scheduler`` decides and does nothing else. ``Desk`` is the thin asyncio part that asks it, has batches started, and hands out
 answers and refusals; who runs a batch is its caller's affair: the service's worker processes, or ``Batcher``'s one thread.
-Only the bundle's own model is in that thread, so of the policy's variants the first is used alone.
+Only the bundle's own model is in that thread, so of the policy's variants the first is used alone. A batch that takes less time
+than the way to the thread and back is run by the loop itself.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ from pennyweight.schedule.scheduler import Batch, Scheduler
 
 LEARN_S, LESSONS = 0.01, 4
 """Seconds between lessons, and batches of each: learning takes some 25 microseconds a batch, as much as all else about it."""
+HOP_S, SHORT = 0.0005, 16
+"""Seconds of a batch below which handing it to a thread costs more than it takes; how many have to be so short in a row."""
 Q = TypeVar("Q")
 A = TypeVar("A")
 
@@ -37,7 +40,7 @@ class Desk:
         self._start = start
         self._timer: asyncio.TimerHandle | None = None
         self._alarm = math.inf
-        self._closing = self._hurried = False
+        self._closing = self._hurried = self._called = False
         self._learned = -math.inf
         self._empty = asyncio.Event()
 
@@ -48,9 +51,14 @@ class Desk:
             Overloaded: it would not be answered in time, or was not; the queue is full; the quota is spent.
             RequestError: no such class or tenant.
         """
-        future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+        loop = asyncio.get_running_loop()
+        future: asyncio.Future[Any] = loop.create_future()
+        if self._called and self.scheduler.queue.size >= self.scheduler.policy.queue:
+            self.pump()  # whoever came in this turn and can start now makes room
         ticket = self.scheduler.offer((value, future), items, **asked)
-        self.pump()
+        if not self._called:  # who comes in the same turn of the loop may share a batch
+            self._called = True
+            loop.call_soon(self._soon)
         try:
             return await future
         except asyncio.CancelledError:
@@ -95,6 +103,10 @@ class Desk:
         self._alarm = math.inf
         self.pump()
 
+    def _soon(self) -> None:
+        self._called = False
+        self.pump()
+
 
 class Batcher(Generic[Q, A]):
     """Joins requests by a policy and runs them, a batch at a time, on ``executor``; use it inside one event loop.
@@ -119,6 +131,8 @@ class Batcher(Generic[Q, A]):
         self._executor = executor
         self._observe = observe
         self._running: asyncio.Task[None] | None = None
+        self._short = 0
+        """Batches in a row that were short."""
 
     @property
     def queue(self) -> Queue:
@@ -141,22 +155,46 @@ class Batcher(Generic[Q, A]):
             await self._running
 
     def _begin(self, batch: Batch) -> None:
-        self._running = asyncio.create_task(self._go(batch))
+        values = [piece.ticket.value[0] for piece in batch.pieces]
+        if self._short >= SHORT:
+            asyncio.get_running_loop().call_soon(self._here, batch, values)
+        else:
+            self._running = asyncio.create_task(self._there(batch, values))
 
-    async def _go(self, batch: Batch) -> None:
-        tickets = [piece.ticket for piece in batch.pieces]
+    def _here(self, batch: Batch, values: Sequence[Q]) -> None:
         try:
-            values = [ticket.value[0] for ticket in tickets]
-            answers = await asyncio.get_running_loop().run_in_executor(self._executor, self._run, values)
-            self._observe(batch, self.scheduler.clock() - batch.start)
-            self.scheduler.done(batch)
-            for ticket, answer in zip(tickets, answers, strict=True):
-                settle(ticket, answer)
+            answers = self._timed(values)
         except Exception as error:
-            if batch.worker.batch is batch:
-                self.scheduler.failed(batch)
-            settle_all(tickets, error)
-        self._running = None
+            self._failed(batch, error)
+        else:
+            self._done(batch, answers)
+
+    async def _there(self, batch: Batch, values: Sequence[Q]) -> None:
+        try:
+            answers = await asyncio.get_running_loop().run_in_executor(self._executor, self._timed, values)
+        except Exception as error:
+            self._running = None
+            self._failed(batch, error)
+        else:
+            self._running = None
+            self._done(batch, answers)
+
+    def _timed(self, values: Sequence[Q]) -> Sequence[A | Exception]:
+        began = time.perf_counter()
+        answers = self._run(values)
+        self._short = self._short + 1 if time.perf_counter() - began < HOP_S else 0
+        return answers
+
+    def _done(self, batch: Batch, answers: Sequence[A | Exception]) -> None:
+        self._observe(batch, self.scheduler.clock() - batch.start)
+        self.scheduler.done(batch)
+        for piece, answer in zip(batch.pieces, answers, strict=True):
+            settle(piece.ticket, answer)
+        self._desk.pump()
+
+    def _failed(self, batch: Batch, error: Exception) -> None:
+        self.scheduler.failed(batch)
+        settle_all([piece.ticket for piece in batch.pieces], error)
         self._desk.pump()
 
 

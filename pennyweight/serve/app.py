@@ -30,6 +30,7 @@ from typing import Any
 from urllib.parse import parse_qsl, urlsplit
 
 import msgspec
+import numpy as np
 import uvicorn
 import uvloop
 
@@ -65,7 +66,7 @@ Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 log = logging.getLogger("pennyweight.serve")
 Given = Mapping[bytes, bytes]
 """Headers by their names in lower case."""
-BINARY, encode = KIND.encode(), msgspec.json.Encoder().encode
+BINARY, encode = KIND.encode(), msgspec.json.Encoder(enc_hook=np.ndarray.tolist).encode
 
 STOP_S = 30
 """Seconds that accepted requests are given when the service stops."""

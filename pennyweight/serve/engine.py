@@ -6,10 +6,11 @@ tests and ``--workers 0`` use. It scores with the best variant alone. All else t
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Protocol
+
+import msgspec
 
 from pennyweight.accelerate.cache import hit_rate
 from pennyweight.model.bundle import Bundle, Policy
@@ -20,8 +21,7 @@ from pennyweight.serve.metrics import Metrics
 from pennyweight.serve.worker import Query, Ranked, Worker
 
 
-@dataclasses.dataclass(frozen=True)
-class Asked:
+class Asked(msgspec.Struct, frozen=True):
     """How a request wants to be scheduled; what is not said is as the policy has it."""
 
     priority: str = ""
@@ -32,8 +32,7 @@ class Asked:
     """Whether variants outside the margin may answer."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Answer:
+class Answer(msgspec.Struct, frozen=True):
     """What came of a query, and which variant gave it."""
 
     ranked: Ranked
@@ -99,7 +98,9 @@ class Local:
 
     async def submit(self, query: Query, items: int, asked: Asked) -> Answer:
         """As ``Engine.submit`` says."""
-        ranked = await self._batcher.submit(query, items, **vars(asked))
+        ranked = await self._batcher.submit(
+            query, items, priority=asked.priority, tenant=asked.tenant, deadline_s=asked.deadline_s, degrade=asked.degrade
+        )
         best = self.scheduler.variants[0]
         self._metrics.answers(best.name)
         return Answer(ranked, best.name, best.gap)

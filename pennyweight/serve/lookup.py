@@ -72,11 +72,11 @@ class Lookup:
                     return found
             values = asked
         each: Iterable[Value] = values.tolist() if isinstance(values, np.ndarray) else values
-        return np.fromiter((self.id(v) for v in each), np.int64)
+        return np.array([self.id(v) for v in each], np.int64)
 
     def liked(self, values: Iterable[Value]) -> Ids:
         """The ids of items named by their id, or by their whole title with the year in brackets or without."""
-        return np.fromiter((self._titled.get(fold(str(v)), 0) or self.id(v) for v in values), np.int64)
+        return np.array([self._titled.get(fold(str(v)), 0) or self.id(v) for v in values], np.int64)
 
     def item(self, item: int) -> Item:
         """What to show of an item."""

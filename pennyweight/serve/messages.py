@@ -8,6 +8,7 @@ coerces, so that ``"k": "5"`` would pass in JSON.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 from msgspec import Meta, Struct
@@ -130,7 +131,8 @@ class Scores(Struct):
 
     user: str | int | None
     known: bool
-    scores: list[float]
+    scores: Sequence[float]
+    """A list, or an array of NumPy's."""
     variant: str = ""
     gap: float = 0.0
 

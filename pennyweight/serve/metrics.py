@@ -42,6 +42,7 @@ class Metrics:
             Histogram, "predicted_over_actual", "A batch's predicted seconds over those it took.", buckets=RATIOS
         )
         self._answers = self._counter("answers", "Queries answered, by the variant that did.", "variant")
+        self._variants: dict[str, Counter] = {}
         self._sheds = self._counter(
             "sheds", "Requests refused for load, by class, tenant and reason.", "class", "tenant", "reason"
         )
@@ -76,7 +77,8 @@ class Metrics:
 
     def answers(self, variant: str) -> None:
         """Count one query answered by a variant."""
-        self._answers.labels(variant).inc()
+        count = self._variants.get(variant) or self._variants.setdefault(variant, self._answers.labels(variant))
+        count.inc()
 
     def batch(self, size: int, predicted_s: float, actual_s: float) -> None:
         """Count one batch; a prediction of nothing is none."""

@@ -99,11 +99,12 @@ class Service:
             raise TooLarge(
                 f"{len(ask.items)} items to score, and the policy allows {self.policy.candidates}; send them in parts"
             )
-        items, liked = self.lookup.ids(ask.items), self.lookup.liked(ask.liked)
-        state = await self._state(ask.user)
-        history = np.concatenate([state.history, liked])
+        items = self.lookup.ids(ask.items)
+        history = NOBODY.history if ask.user is None else (await self.store.state(str(ask.user))).history
+        if ask.liked:
+            history = np.concatenate([history, self.lookup.liked(ask.liked)])
         answer = await self._scored(Query(ask.user, history, items=items, context=ask.context), len(items), ask)
-        return m.Scores(ask.user, self.lookup.known(ask.user), answer.ranked.scores.tolist(), answer.variant, answer.gap)
+        return m.Scores(ask.user, self.lookup.known(ask.user), answer.ranked.scores, answer.variant, answer.gap)  # type: ignore[arg-type]
 
     async def events(self, given: m.Event | list[m.Event]) -> m.Stored:
         """Store events: all of them, or none and an error."""

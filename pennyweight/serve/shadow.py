@@ -16,6 +16,7 @@ import math
 import statistics
 from collections.abc import Awaitable, Callable
 
+import msgspec
 import numpy as np
 
 from pennyweight.serve.worker import Floats, Query, Ranked
@@ -61,7 +62,7 @@ class Shadow:
     def feed(self, query: Query, ranked: Ranked, variant: str) -> None:
         """A request as it was answered: compared on the candidates of the answer. Single scores tell nothing."""
         if len(ranked.items) > 1:
-            asked = dataclasses.replace(query, items=ranked.items, k=0, start=0, stop=None)
+            asked = msgspec.structs.replace(query, items=ranked.items, k=0, start=0, stop=None)
             with contextlib.suppress(asyncio.QueueFull):
                 self._queue.put_nowait((asked, ranked, variant))
 

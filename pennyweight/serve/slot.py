@@ -11,7 +11,6 @@ The slot grows when a batch needs more; the worker maps it again when it is told
 
 from __future__ import annotations
 
-import dataclasses
 import mmap
 import os
 import struct
@@ -72,8 +71,7 @@ class Slot:
         os.close(self.descriptor)
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class Packed:
+class Packed(msgspec.Struct, frozen=True, eq=False):
     """A query as it is written, made once however often it is sent."""
 
     query: Query

@@ -8,11 +8,11 @@ catalogues.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 import torch
@@ -29,12 +29,12 @@ Floats = npt.NDArray[np.float32]
 By = Literal["model", "similarity", "popularity"]
 Asker = Mapping[str, Tensor]
 """The user and context columns of one request, one row."""
+NOTHING: Ids = np.empty(0, np.int64)
 CHUNK = 65536
 """Items whose vectors are computed at once when the service starts."""
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class Query:
+class Query(msgspec.Struct, frozen=True, eq=False):
     """One request to the model: names of the user and of context, ids of items."""
 
     user: Value | None
@@ -45,11 +45,11 @@ class Query:
     """Who answers it."""
     items: Ids | None = None
     """Candidates to score; None to retrieve them."""
-    hidden: Ids = dataclasses.field(default_factory=lambda: np.empty(0, np.int64))
+    hidden: Ids = NOTHING
     """Items that retrieval leaves out."""
     count: int = 500
     """Candidates to retrieve."""
-    context: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    context: Mapping[str, Any] = {}
     """Values of user and context columns, as before encoding."""
     k: int = 0
     """How many of the best to give; 0 is all of them, in their order."""
@@ -69,8 +69,7 @@ class Query:
             raise RequestError(str(error)) from error
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class Ranked:
+class Ranked(msgspec.Struct, frozen=True, eq=False):
     """Items in the order of the query (or of retrieval) and their scores."""
 
     items: Ids

@@ -2,6 +2,7 @@
 
 import asyncio
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
@@ -9,6 +10,7 @@ import pytest
 
 from pennyweight.core.errors import Overloaded
 from pennyweight.model.bundle import Policy
+from pennyweight.schedule import batcher
 from pennyweight.schedule.batcher import Batcher
 
 
@@ -141,3 +143,30 @@ def test_closing_finishes_what_was_accepted_without_waiting_for_more(gate: Gate,
         return await asyncio.gather(*accepted)
 
     assert asyncio.run(scene()) == [2, 4]
+
+
+def test_batches_shorter_than_the_way_to_the_thread_are_run_by_the_loop_until_one_is_long(
+    pool: ThreadPoolExecutor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(batcher, "HOP_S", 0.02)  # of a machine that is busy
+    here: list[bool] = []
+
+    def run(batch: Sequence[int]) -> list[int]:
+        here.append(threading.current_thread() is threading.main_thread())
+        if batch == [7]:
+            time.sleep(0.05)
+        if batch == [13]:
+            raise RuntimeError("thirteen")
+        return [2 * value for value in batch]
+
+    async def scene() -> list[int]:
+        one = Batcher[int, int](Policy(), run, pool)
+        found = [await one.submit(value) for value in [*[1] * batcher.SHORT, 2]]
+        with pytest.raises(RuntimeError, match="thirteen"):
+            await one.submit(13)
+        found += [await one.submit(value) for value in (7, 3)]
+        await one.close()
+        return found
+
+    assert asyncio.run(scene())[-3:] == [4, 14, 6]
+    assert here[-4:] == [True, True, True, False] and not any(here[: batcher.SHORT])

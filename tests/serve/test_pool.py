@@ -189,8 +189,10 @@ def test_a_client_that_leaves_is_forgotten(hurt: Client) -> None:
 
     async def scene() -> list[list[Any]]:
         leave, stay = asyncio.Event(), asyncio.Event()
-        tasks = [asyncio.create_task(asked(u, e)) for u, e in ((SLOW, stay), (SLOW, stay), (15, leave), (15, stay))]
-        await until(lambda: len(pool.scheduler.queue) == 2)
+        tasks = []
+        for k, (user, event) in enumerate(((SLOW, stay), (SLOW, stay), (15, leave), (15, stay))):
+            tasks.append(asyncio.create_task(asked(user, event)))
+            await until(lambda k=k: pool.scheduler.inside == k + 1)  # type: ignore[misc]
         leave.set()
         await until(lambda: pool.scheduler.inside == 3)
         return await asyncio.gather(*tasks)

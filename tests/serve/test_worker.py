@@ -1,5 +1,4 @@
-import dataclasses
-
+import msgspec
 import numpy as np
 import pytest
 
@@ -48,7 +47,7 @@ def test_joined_queries_are_answered_as_alone(worker: Worker) -> None:
 
 def test_the_top_keeps_retrievals_order_among_equals(worker: Worker) -> None:
     (found,) = worker.answer([query(worker, 5, [], by="popularity", count=50)])
-    level = dataclasses.replace(found, scores=np.zeros(50, np.float32))
+    level = msgspec.structs.replace(found, scores=np.zeros(50, np.float32))
     assert level.top(3).items.tolist() == found.items[:3].tolist()
 
 
