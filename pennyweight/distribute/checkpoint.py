@@ -306,11 +306,13 @@ class Folder:
 
     def _write(self, number: int, state: Mapping[str, Tensor], notes: Mapping[str, str]) -> None:
         part = self.path / f"step-{number}.part"
-        if self.rank == 0:  # nobody writes before all have planned together, below
-            for old in self.path.glob("step-*.part"):
-                shutil.rmtree(old, ignore_errors=True)
+        if self.rank == 0:
+            with contextlib.suppress(OSError):  # if it cannot be made, writing to it says so
+                for old in self.path.glob("step-*.part"):
+                    shutil.rmtree(old, ignore_errors=True)
+                part.mkdir(parents=True, exist_ok=True)
+        dist.barrier(group=self.group)  # or another worker's folder would be taken for an old one
         with _quiet():
-            part.mkdir(parents=True, exist_ok=True)
             write_checkpoint(dict(state), storage_writer=_Writer(str(part), save_distributed=True), process_group=self.group)
         done = torch.zeros(1)
         if self.rank == 0:
