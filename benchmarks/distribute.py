@@ -3,11 +3,14 @@
 All on one machine over gloo, so ratios, bytes and equality, no times but the weak scaling's, which is shared cores.
 
 ``exactness/MODEL``: the first 200 steps on the sample, by 2 and 4 workers, every way to hold tables; the largest relative
-difference of a loss from one worker's, and the difference of the AUC (SASRec: NDCG@10) on validation rows. ``bytes``: what a
-worker sent in a step, against the least its placement needs, counted from the batches: every distinct row of its rows that it
-does not hold, there and back with its id, and a ring's share of the dense gradients and norms. ``bytes/tables``: the same of
-tables of 10 million rows, beside what dense gradients of them would be. ``traffic/TYPE``: fewer bytes on request, and what they
-cost in AUC. ``faults``: workers killed at random. ``memory``: a model of 4 times what a worker may take, over 5.
+difference of a loss from one worker's, and the difference of the AUC (SASRec: NDCG@10) on validation rows. Ranking models are
+trained in float64 for that: in fp32 Adam makes a whole step of a gradient that is all rounding, so that a sum in another
+order parts two trainings as one bit of the first weights does, which is measured beside it (``fp32``, and ``control`` of one
+worker). ``bytes``: what a worker sent in a step, against the least its placement needs, counted from the batches: every
+distinct row of its rows that it does not hold, there and back with its id, and a ring's share of the dense gradients and
+norms. ``bytes/tables``: the same of tables of 10 million rows, beside what dense gradients of them would be.
+``traffic/TYPE``: fewer bytes on request, and what they cost in AUC. ``faults``: workers killed at random. ``memory``: a model
+of 4 times what a worker may take, over 5.
 """
 
 from __future__ import annotations
@@ -23,8 +26,10 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from benchmarks import harness, planning
+from benchmarks.double import Double
 from benchmarks.harness import Options, Row
 from pennyweight.core.errors import DeviceError
 from pennyweight.data.dataset import Dataset
@@ -69,19 +74,33 @@ class Task:
     data: Path
     recipe: Recipe
     seed: int = 0
+    allow: tuple[str, ...] = ()
 
-    def alone(self) -> tuple[Fit, list[float]]:
-        """By this process."""
+    def alone(self, nudge: int = 0) -> tuple[Fit, list[float]]:
+        """By this process; a ``nudge`` is a seed of half a unit in the last place, up or down, in each first weight."""
         train.TICK_S, heard = -1.0, Heard()
         parts = Dataset.open(self.data).split(*SPLIT, self.seed)
-        done = fit(seeded(self.spec, self.seed), parts.train, parts.valid, self.recipe, seed=self.seed, progress=heard)
+        module = seeded(self.spec, self.seed, self.allow)
+        if nudge:
+            draws = torch.Generator().manual_seed(nudge)
+            with torch.no_grad():
+                for weight in module.parameters():
+                    weight.mul_(1 + (2 * torch.randint(0, 2, weight.shape, generator=draws) - 1) * 2.0**-24)
+        done = fit(module, parts.train, parts.valid, self.recipe, seed=self.seed, progress=heard)
         return done, heard.losses()
+
+    def double(self) -> Task:
+        """The same in float64."""
+        name = self.spec.factory.rpartition(".")[2]
+        return dataclasses.replace(self, spec=spec_of(Double, name=name, **self.spec.args), allow=("benchmarks.double",))
 
     def together(self, many: Many, also: Callable[[Progress], None] = lambda _: None, home: Path | None = None) -> Made:
         """By workers."""
         with tempfile.TemporaryDirectory() as folder:
             heard, many = Heard(also), dataclasses.replace(many, tick_s=-1.0)
-            _, told = launch.train(self.spec, self.data, SPLIT, self.recipe, self.seed, home or Path(folder), many, watch=heard)
+            _, told = launch.train(
+                self.spec, self.data, SPLIT, self.recipe, self.seed, home or Path(folder), many, allow=self.allow, watch=heard
+            )
             return Made(told, heard.losses())
 
 
@@ -92,11 +111,12 @@ class Made:
     told: Told
     losses: list[float]
 
-    def apart(self, losses: list[float]) -> float:
-        """The largest relative difference of a loss."""
-        if len(losses) != len(self.losses):
-            return float("inf")
-        return max(abs(a - b) / abs(a) for a, b in zip(losses, self.losses, strict=True))
+
+def apart(found: list[float], losses: list[float]) -> float:
+    """The largest relative difference of a loss."""
+    if len(losses) != len(found):
+        return float("inf")
+    return max(abs(a - b) / abs(a) for a, b in zip(losses, found, strict=True))
 
 
 def sample(folder: Path, steps: int = STEPS) -> Dataset:
@@ -113,7 +133,7 @@ def task(name: str, folder: Path, quick: bool) -> Task:
     columns = data.schema.columns
     if name == "sasrec":
         data = sequences(data).save(folder / "rows")
-        recipe = Recipe(loss="gbce", metric="ndcg@10", batch=32, lr=1e-3, negatives=64, patience=100, epochs=2 if quick else 20)
+        recipe = Recipe(loss="gbce", metric="ndcg@10", batch=32, lr=5e-3, negatives=64, patience=100, epochs=2 if quick else 3)
         return Task(spec_of(sequential.SASRec, columns=columns, dim=32, heads=2), folder / "rows", recipe)
     dropout = {} if name == "dlrm" else {"dropout": 0.2}
     spec = spec_of(MODELS[name], columns=columns, dim=16, hidden=(64, 64), **dropout)
@@ -125,7 +145,8 @@ def exactness(name: str) -> harness.Measure:
 
     def measure(options: Options) -> list[Row]:
         with tempfile.TemporaryDirectory() as folder:
-            given = task(name, Path(folder), options.quick)
+            plain = task(name, Path(folder), options.quick)
+            given = plain if name == "sasrec" else plain.double()
             done, losses = given.alone()
             losses = losses[:STEPS]
             cases = [(w, way) for w in (2, 4) for way in WAYS if not (way == "2d" and w == 2)]
@@ -133,15 +154,31 @@ def exactness(name: str) -> harness.Measure:
             for workers, way in cases[:1] if options.quick else cases:
                 many = Many(workers, "row" if way == "2d" else way, 2 if way == "2d" else 1)
                 made = given.together(many)
-                errors.append(dataclasses.replace(made, losses=made.losses[:STEPS]).apart(losses))
+                errors.append(apart(made.losses[:STEPS], losses))
                 gaps.append(abs(made.told.fit.metric - done.metric))
-        note = f"{len(losses)} steps, {len(errors)} placements ({', '.join(WAYS)}) of 2 and 4 workers; range over them"
+            rows = []
+            if name != "sasrec":
+                _, single = plain.alone()
+                near = [
+                    apart(plain.together(Many(workers, "row")).losses, single)
+                    for workers in ((2,) if options.quick else (2, 4))
+                ]
+                nudged = [apart(plain.alone(nudge)[1], single) for nudge in range(1, 1 + options.seeds)]
+                so = "fp32: rows of tables over 2 and 4 workers"
+                rows = [
+                    Row(f"exactness/{name}", "relative_error_fp32", max(near), min(near), max(near), note=so),
+                    Row(f"exactness/{name}", "control_fp32", max(nudged), min(nudged), max(nudged), options.seeds,
+                        note="fp32: one worker, each first weight half a unit in the last place up or down"),
+                ]  # fmt: skip
+        kind = "" if name == "sasrec" else ", in float64"
+        note = f"{len(losses)} steps, {len(errors)} placements ({', '.join(WAYS)}) of 2 and 4 workers{kind}; range over them"
         metric = given.recipe.metric
         return [
             Row(f"exactness/{name}", "relative_error", max(errors), min(errors), max(errors), bar=1e-5, at_most=True,
                 note=note),
             Row(f"exactness/{name}", f"{metric}_difference", max(gaps), min(gaps), max(gaps), bar=1e-4, at_most=True,
                 baseline=done.metric, note=f"final {metric} against one worker's {done.metric:.4f}"),
+            *rows,
         ]  # fmt: skip
 
     return measure
@@ -277,14 +314,14 @@ def faults(options: Options) -> list[Row]:
                 os.kill(int((home / f"rank-{rank}.pid").read_text()), signal.SIGKILL)
 
         made = given.together(Many(2, "row", every=every, timeout_s=20), disturb, home)
-        apart = made.apart(losses)
+        gap = apart(made.losses, losses)
     note = (
         f"DeepFM on the sample, {len(losses)} steps, 2 workers, a checkpoint every {every} steps, one of them killed "
-        f"{struck[0]} times; at most {redone[0]} steps done again, losses {apart:.1e} from an undisturbed single worker's"
+        f"{struck[0]} times; at most {redone[0]} steps done again, losses {gap:.1e} from an undisturbed single worker's"
     )
-    survived = struck[0] if apart < 1e-5 else 0
+    survived = struck[0] if gap < 1e-5 else 0
     return [Row("faults", "kills_survived", survived, survived, survived, bar=kills, note=note),
-            Row("faults", "relative_error", apart, apart, apart, bar=1e-5, at_most=True, note=note)]  # fmt: skip
+            Row("faults", "relative_error", gap, gap, gap, bar=1e-5, at_most=True, note=note)]  # fmt: skip
 
 
 def memory(options: Options) -> list[Row]:

@@ -11,10 +11,11 @@ import asyncio
 import dataclasses
 import random
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -370,6 +371,8 @@ def noop(options: Options) -> Sequence[Row]:
             with served(policy, workers, made=idle) as (process, _):
                 run(hammer(process.host, process.port, ask, 32, min(1.0, seconds)))
                 rates[name].append(run(hammer(process.host, process.port, ask, 32, seconds))[0])
+        for name in installed():
+            rates.setdefault(name, []).append(hammered(name, PEERS[name].settings["noop"]["tuned"], seconds))
     bare_rate, workers, thread = (statistics.median(rates[n]) for n in ("bare", "workers", "thread"))
     best = "workers" if workers >= thread else "thread"
     note = (
@@ -377,10 +380,18 @@ def noop(options: Options) -> Sequence[Row]:
         f"{thread:.0f}, a bare ASGI answer of one process {bare_rate:.0f} a second; {psutil.cpu_count()} cores for both sides"
     )
     over = [ours / bare for ours, bare in zip(rates[best], rates["bare"], strict=True)]
-    return (
+    rows = [
         spread("noop", "rate", rates[best], note),
         spread("noop", "rate_over_bare", over, "live: over a bare ASGI answer of one process", 0.6),
-    )
+    ]
+    if installed():
+        rival = max(installed(), key=lambda name: statistics.median(rates[name]))
+        said = ", ".join(f"{name} {statistics.median(rates[name]):.0f}" for name in installed())
+        against = [ours / theirs for ours, theirs in zip(rates[best], rates[rival], strict=True)]
+        rows.append(
+            spread("noop", "rate_over_best_peer", against, f"live: over {rival}, each tuned, in the same run: {said}", 1.2)
+        )
+    return rows
 
 
 def calibration(options: Options) -> Sequence[Row]:
@@ -435,72 +446,119 @@ class Setting:
     options: tuple[str, ...] = ()
 
 
-MOSEC: dict[str, dict[str, Setting]] = {
-    "slo50": {"default": Setting(), "tuned": Setting(2)},
-    "overload": {"default": Setting(), "tuned": Setting(2, ("--capacity", "40"))},
-    "noop": {"default": Setting(), "tuned": Setting(2)},
-}
-"""mosec's wait is 10 ms unless told otherwise; 2 ms and, under overload, a queue of 40 were the best of what was tried."""
+@dataclasses.dataclass(frozen=True)
+class Peer:
+    """A server that can be installed, and how it is run for each kind of row."""
+
+    path: str
+    """Where it takes requests."""
+    body: bytes
+    settings: Mapping[str, Mapping[str, Setting]]
+    """By kind of row, then ``default`` and ``tuned``."""
+    told: Callable[[Setting, int], Sequence[str]] = lambda setting, port: [str(port), *setting.options]
+    """The end of its command line: a port, and options."""
+    kind: str = "application/json"
+    ready_s: float = 2.0
+    """Its front listens before its workers are there."""
+
+
+def _alike(default: Setting, tuned: Setting, overload: Setting | None = None) -> dict[str, dict[str, Setting]]:
+    return {
+        "noop": {"default": default, "tuned": tuned},
+        "slo50": {"default": default, "tuned": tuned},
+        "overload": {"default": default, "tuned": overload or tuned},
+    }
+
+
+PEERS = {
+    "mosec": Peer(
+        "/inference", b"1", _alike(Setting(), Setting(2), Setting(2, ("--capacity", "40"))),
+        lambda setting, port: ["--address", "127.0.0.1", "--port", str(port), "--timeout", "10000", *setting.options],
+        binary.KIND,
+    ),
+    "litserve": Peer("/predict", b'{"input": 1}', _alike(Setting(10, ("1",)), Setting(2, ("1",))), ready_s=6.0),
+    "bento": Peer("/predict", b'{"inputs": [1]}', _alike(Setting(60_000), Setting(50), Setting(200)), ready_s=10.0),
+    "rayserve": Peer("/", b"1", _alike(Setting(10, ("5",)), Setting(2, ("64",))), ready_s=2.0),
+}  # fmt: skip
+"""mosec's wait is 10 ms unless told otherwise; 2 ms and, under overload, a queue of 40 were the best of what was tried.
+LitServe and Ray Serve wait as long as they are told (their own default is to join nothing, with which they answer a tenth of
+it); Ray Serve lets 5 requests into a replica unless told otherwise. BentoML's number is the latency it aims at."""
 
 
 @contextmanager
-def mosec(policy: Policy, setting: Setting) -> Iterator[Process]:
-    """mosec over the device that the policy's curve says."""
-    curve = policy.variants[0].costs["cpu"]
-    port = free()
+def beside(name: str, policy: Policy, setting: Setting) -> Iterator[Process]:
+    """A peer over the device that the policy's curve says."""
+    curve, peer, port = policy.variants[0].costs["cpu"], PEERS[name], free()
     what = [curve.fixed_ms, curve.request_ms, WORKERS, policy.batch, setting.wait_ms]
-    options = ["--address", "127.0.0.1", "--port", str(port), "--timeout", "10000", *setting.options]
-    python = str(VENVS[0] / "mosec" / "bin" / "python")
-    command = [python, "-m", "benchmarks.peers.mosec", *map(str, what), *options]
+    python = str(VENVS[0] / name / "bin" / "python")
+    command = [python, "-m", f"benchmarks.peers.{name}", *map(str, what), *peer.told(setting, port)]
     with Process(command, port=port, cwd=Path(__file__).parents[1]) as process:
-        time.sleep(2.0)  # its front listens before its workers are there
+        time.sleep(peer.ready_s)
         yield process
 
 
-def beside(policy: Policy, setting: Setting, trace: Arrivals) -> tuple[Live, Replay]:
-    """A trace against mosec."""
-    with mosec(policy, setting) as process:
-        ask = [post("/inference", b"1")] * len(trace)
+def replayed(name: str, policy: Policy, setting: Setting, trace: Arrivals) -> tuple[Live, Replay]:
+    """A trace against a peer."""
+    peer = PEERS[name]
+    with beside(name, policy, setting) as process:
+        ask = [post(peer.path, peer.body, peer.kind)] * len(trace)
         few = single(50.0, 0.5, 99)
         run(replay(process.host, process.port, few, ask[:1] * len(few)))
         found: Live = run(replay(process.host, process.port, trace, ask))
     return found, found.replay(policy, WORKERS, ours=False)
 
 
-def peer(id: str, name: str) -> Callable[[Options], Row]:
+def hammered(name: str, setting: Setting, seconds: float) -> float:
+    """A peer's answers a second where the device does nothing."""
+    peer, nothing = PEERS[name], device(0.0001, 0.0, 1000.0)
+    with beside(name, nothing, setting) as process:
+        ask = post(peer.path, peer.body, peer.kind)
+        run(hammer(process.host, process.port, ask, 32, min(1.0, seconds)))
+        rate: float = run(hammer(process.host, process.port, ask, 32, seconds))[0]
+        return rate
+
+
+def peer(id: str, name: str, how: str) -> Callable[[Options], Row]:
     """A peer's row beside one of ours: the same device, the same trace, the same judge."""
     family, _, size = id.partition("/")
 
     def measure(options: Options) -> Row:
-        setting = MOSEC[family][name]
-        so = f"mosec 0.9.8, waits {setting.wait_ms} ms {' '.join(setting.options)}".rstrip()
+        setting = PEERS[name].settings[family][how]
+        so = f"{name} {version(name)}, {setting.wait_ms} ms {' '.join(setting.options)}".rstrip()
         seconds = 2.0 if options.quick else 15.0
         if family == "noop":
-            nothing, rates = device(0.0001, 0.0, 1000.0), []
-            for _ in seeds(options):
-                with mosec(nothing, setting) as process:
-                    ask = post("/inference", b"1")
-                    rates.append(run(hammer(process.host, process.port, ask, 32, seconds / 2))[0])
-            return spread(f"{id}/mosec/{name}", "rate", rates, f"live: closed loop, 32 connections; {so}")
+            rates = [hammered(name, setting, seconds / 2) for _ in seeds(options)]
+            return spread(f"{id}/{name}/{how}", "rate", rates, f"live: closed loop, 32 connections; {so}")
         if family == "slo50":
             rate = float(size) / (8 if options.quick else 1)
-            runs = [beside(SLO50, setting, single(rate, seconds, s)) for s in seeds(options)]
+            runs = [replayed(name, SLO50, setting, single(rate, seconds, s)) for s in seeds(options)]
             note = f"live: as {id}; {so}; {told(runs)}"
-            return spread(f"{id}/mosec/{name}", "on_time", [r.on_time for _, r in runs], note)
+            return spread(f"{id}/{name}/{how}", "on_time", [r.on_time for _, r in runs], note)
         factor = float(size.rstrip("x"))
-        runs = [beside(SLO200, setting, times(SLO200, factor, seconds, s, **ONE)) for s in seeds(options)]
+        runs = [replayed(name, SLO200, setting, times(SLO200, factor, seconds, s, **ONE)) for s in seeds(options)]
         note = f"live: as {id}; {so}; {told(runs)}"
-        return spread(f"{id}/mosec/{name}", "work_over_capacity", [r.work_over_capacity for _, r in runs], note)
+        return spread(f"{id}/{name}/{how}", "work_over_capacity", [r.work_over_capacity for _, r in runs], note)
 
     return measure
 
 
+def version(name: str) -> str:
+    """A peer's, as its environment says."""
+    package = {"bento": "bentoml", "rayserve": "ray"}.get(name, name)
+    ask = f"import importlib.metadata; print(importlib.metadata.version({package!r}))"
+    python = str(VENVS[0] / name / "bin" / "python")
+    return subprocess.run([python, "-c", ask], capture_output=True, text=True, check=True).stdout.strip()
+
+
+def installed() -> list[str]:
+    """The peers there is an environment of."""
+    return [name for name in PEERS if VENVS and (VENVS[0] / name / "bin" / "python").exists()]
+
+
 def peers() -> dict[str, Callable[[Options], Row]]:
-    """The peers' rows, where there is an environment of theirs."""
-    if not VENVS or not (VENVS[0] / "mosec" / "bin" / "python").exists():
-        return {}
+    """The peers' rows."""
     ids = ("noop", "slo50/1600", "slo50/2000", "overload/2x", "overload/4x", "overload/10x")
-    return {f"{id}/mosec/{name}": peer(id, name) for id in ids for name in ("default", "tuned")}
+    return {f"{id}/{name}/{how}": peer(id, name, how) for id in ids for name in installed() for how in ("default", "tuned")}
 
 
 def real(kind: str, names: Sequence[str]) -> Callable[[Options], Row]:

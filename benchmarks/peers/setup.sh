@@ -18,6 +18,9 @@ packages() {
     recbole) echo torch==2.13.0 recbole==1.2.1 numpy==1.26.4 "pandas<2.3" "scipy<1.14" "setuptools<81" ;;
     torchrec) echo torch==2.13.0 numpy==2.4.6 cloudpickle packaging pyyaml tqdm ;;
     mosec) echo mosec==0.9.8 ;;
+    litserve) echo litserve ;;
+    bento) echo bentoml ;;
+    rayserve) echo "ray[serve]" ;;
     *) echo "no peer $1; there are: onnxruntime openvino torch neural keras rechub fuxictr recbole torchrec mosec" >&2; exit 1 ;;
   esac
 }

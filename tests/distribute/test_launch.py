@@ -16,9 +16,10 @@ from torch import Tensor
 from typer.testing import CliRunner
 
 from pennyweight.cli import app
+from pennyweight.core.config import dumps
 from pennyweight.core.errors import ConfigError, DataError, DeviceError
 from pennyweight.data.dataset import Dataset
-from pennyweight.distribute import launch
+from pennyweight.distribute import launch, worker
 from pennyweight.distribute.launch import Many
 from pennyweight.model import ranking, retrieval, sequential, train
 from pennyweight.model.bundle import load
@@ -251,3 +252,45 @@ def test_address_files_are_read_or_refused_by_line(tmp_path: Path) -> None:
             launch.read_hosts(file)
     with pytest.raises(ConfigError, match="No such file"):
         launch.read_hosts(tmp_path / "none")
+
+
+@pytest.mark.parametrize(
+    ("what", "says"),
+    [
+        ("data", "rank 1 has other data than rank 0"),
+        ("versions", "rank 1 has other versions than rank 0; install the same packages"),
+        ("job", "rank 1 was given another command than rank 0"),
+    ],
+)
+def test_ranks_that_were_given_different_things_say_so_once(folder: Path, tmp_path: Path, what: str, says: str) -> None:
+    """Two workers as two hosts' launchers would start them, each with what its own host has."""
+    home, other = tmp_path / "home", tmp_path / "other"
+    home.mkdir()
+    Dataset.open(folder).head(200).save(other)
+    script = (
+        "import sys\n"
+        "from pennyweight.core import hardware\n"
+        "from pennyweight.distribute import worker\n"
+        "if sys.argv[3] == 'versions':\n"
+        "    hardware.versions = lambda: {'torch': '1.0'}\n"
+        "worker.main(sys.argv[1], sys.argv[2])\n"
+    )
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    started = []
+    for rank in (0, 1):
+        odd = what if rank else ""
+        job = worker.Job(
+            model("dnn", folder), str(other if odd == "data" else folder), *PARTS, RECIPE, int(odd == "job"),
+            Many(2, timeout_s=60),
+        )  # fmt: skip
+        world = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2}
+        where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        environment = {**os.environ, **{k: str(v) for k, v in (world | where).items()}}
+        command = [sys.executable, "-c", script, str(home), dumps(job), odd]
+        started.append(subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True))
+    ended = [(one.communicate(timeout=240)[1], one.returncode) for one in started]
+    assert [code for _, code in ended] == [1, 1], ended
+    found = worker.told(home)
+    assert isinstance(found, ConfigError) and says in str(found), (found, ended)
