@@ -11,7 +11,6 @@ from __future__ import annotations
 import asyncio
 import collections
 import dataclasses
-import gc
 import os
 import re
 import signal
@@ -27,6 +26,7 @@ import numpy as np
 import psutil
 import uvloop
 
+from pennyweight.core import memory
 from pennyweight.core.errors import DeviceError
 from pennyweight.data.requests import Arrivals
 from pennyweight.model.bundle import Policy
@@ -209,8 +209,7 @@ async def replay(
     asker = Asker(host, port, requests, len(trace))
     tasks: set[asyncio.Task[Any]] = set()
     loop = asyncio.get_running_loop()
-    gc.collect()
-    gc.freeze()  # or a collection of all that this process has made holds up what is due for 0.1 s
+    memory.settled()
     begin = time.perf_counter() + 0.2
     other = loop.create_task(beside(begin)) if beside is not None else None
     at = trace.at.tolist()

@@ -18,8 +18,8 @@ rows in use in memory. They leave memory when the bundle they came from does: th
 
 from __future__ import annotations
 
+import bisect
 import contextlib
-import dataclasses
 import importlib
 import logging
 import tempfile
@@ -91,9 +91,9 @@ class Runner:
         """The model in parts, once a runtime that shares work has seen a request."""
         self._kept: Shared | None = None
         self._unshared = not self.runtime.shared or self.home != "cpu"
-        self._sizes = [(b.rows, self.runtime.at(b.rows)) for b in self.runtime.buckets]
-        self._larger = dataclasses.replace(self.runtime, buckets=())
-        settings = {(r.engine, r.threads): r for r in (self._larger, *(r for _, r in self._sizes))}
+        self._ends = [b.rows for b in self.runtime.buckets]
+        self._fits = [self.runtime.at(rows) for rows in (*self._ends, 1 + max(self._ends, default=0))]  # made once, not a call
+        settings = {(r.engine, r.threads): r for r in self._fits}
         for runtime in settings.values():
             if runtime.engine == "eager" or probe is not None:
                 self._within(runtime.threads, lambda runtime=runtime: self._make(runtime, probe or {}))  # type: ignore[misc]
@@ -116,10 +116,7 @@ class Runner:
 
     def score(self, batch: Batch) -> Floats:
         """Logits [B] (or [B, classes]) of a batch, computed in cuts of at most ``runtime.batch`` rows."""
-        runtime = self.runtime
-        if self._sizes:
-            rows = height(batch)
-            runtime = next((fit for most, fit in self._sizes if rows <= most), self._larger)
+        runtime = self._fits[bisect.bisect_left(self._ends, height(batch))]
         return self._within(runtime.threads, lambda: _array(self._cut(runtime, batch)))
 
     def keep(self, probe: Batch, batch: Batch, ids: Ids, size: int) -> bool:

@@ -162,39 +162,40 @@ class Batcher(Generic[Q, A]):
             self._running = asyncio.create_task(self._there(batch, values))
 
     def _here(self, batch: Batch, values: Sequence[Q]) -> None:
-        try:
-            answers = self._timed(values)
-        except Exception as error:
-            self._failed(batch, error)
-        else:
-            self._done(batch, answers)
+        self._ended(batch, self._tried(values))
 
     async def _there(self, batch: Batch, values: Sequence[Q]) -> None:
+        answers: Sequence[A | Exception] | Exception
         try:
-            answers = await asyncio.get_running_loop().run_in_executor(self._executor, self._timed, values)
-        except Exception as error:
-            self._running = None
-            self._failed(batch, error)
-        else:
-            self._running = None
-            self._done(batch, answers)
+            answers = await asyncio.get_running_loop().run_in_executor(self._executor, self._tried, values)
+        except Exception as error:  # the executor takes nothing more
+            answers = error
+        self._running = None
+        self._ended(batch, answers)
 
-    def _timed(self, values: Sequence[Q]) -> Sequence[A | Exception]:
+    def _tried(self, values: Sequence[Q]) -> Sequence[A | Exception] | Exception:
+        """The answers, or what is wrong with all of them; whether they took long is noted."""
         began = time.perf_counter()
-        answers = self._run(values)
+        try:
+            answers = self._run(values)
+        except Exception as error:
+            return error
         self._short = self._short + 1 if time.perf_counter() - began < HOP_S else 0
         return answers
 
-    def _done(self, batch: Batch, answers: Sequence[A | Exception]) -> None:
-        self._observe(batch, self.scheduler.clock() - batch.start)
-        self.scheduler.done(batch)
-        for piece, answer in zip(batch.pieces, answers, strict=True):
-            settle(piece.ticket, answer)
-        self._desk.pump()
-
-    def _failed(self, batch: Batch, error: Exception) -> None:
-        self.scheduler.failed(batch)
-        settle_all([piece.ticket for piece in batch.pieces], error)
+    def _ended(self, batch: Batch, answers: Sequence[A | Exception] | Exception) -> None:
+        tickets = [piece.ticket for piece in batch.pieces]
+        try:
+            if isinstance(answers, Exception):
+                raise answers
+            self._observe(batch, self.scheduler.clock() - batch.start)
+            self.scheduler.done(batch)
+            for ticket, answer in zip(tickets, answers, strict=True):
+                settle(ticket, answer)
+        except Exception as error:
+            if batch.worker.batch is batch:
+                self.scheduler.failed(batch)
+            settle_all(tickets, error)
         self._desk.pump()
 
 

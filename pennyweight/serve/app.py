@@ -35,7 +35,7 @@ import uvicorn
 import uvloop
 
 import pennyweight
-from pennyweight.core import hardware
+from pennyweight.core import hardware, memory
 from pennyweight.core.errors import (
     DeviceError,
     Forbidden,
@@ -51,7 +51,6 @@ from pennyweight.serve import binary, wire
 from pennyweight.serve import messages as m
 from pennyweight.serve.alarm import Alarm
 from pennyweight.serve.binary import KIND
-from pennyweight.serve.child import settle
 from pennyweight.serve.engine import Engine
 from pennyweight.serve.metrics import Metrics
 from pennyweight.serve.openapi import Route, document
@@ -301,7 +300,7 @@ async def _serve(
         )
         shown = f"[{host}]" if ":" in host else host
         Connection.most = connections()
-        settle()
+        memory.settled()
         listener.listen(BACKLOG)  # who comes from here on is answered
         print(f"{path} is served on http://{shown}:{listener.getsockname()[1]} (Ctrl-C stops)", file=sys.stderr, flush=True)
         if pool:

@@ -9,7 +9,6 @@ a signal to the whole group (Ctrl-C in a terminal, a container's stop) is for th
 from __future__ import annotations
 
 import contextlib
-import gc
 import logging
 import os
 import select
@@ -89,12 +88,6 @@ told = msgspec.msgpack.Decoder(Told)
 tells = msgspec.msgpack.Decoder(Tells)
 
 
-def settle() -> None:
-    """What is loaded stays: the collector of cycles need not look at it again, which would hold up all requests for 0.1 s."""
-    gc.collect()
-    gc.freeze()
-
-
 def main() -> None:
     """Serve one front: the descriptors of the socket and of the slot are the arguments."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
@@ -137,6 +130,7 @@ class _Child:
             logging.basicConfig(level=logging.WARNING, format="%(name)s: %(message)s")
             import torch
 
+            from pennyweight.core import memory
             from pennyweight.model import bundle as bundles
             from pennyweight.serve.slot import Slot
             from pennyweight.serve.worker import Worker
@@ -146,7 +140,7 @@ class _Child:
             for worker in workers:
                 _warm(worker)
             self.slot = Slot(self.descriptor)
-            settle()
+            memory.settled()
             best = workers[0]
             every = len(best.ids) if best.index is None else 0
             notes = [f"{Path(f).name}: {w.runner.note}" for f, w in zip(start.folders, workers, strict=True) if w.runner.note]

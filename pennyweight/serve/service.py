@@ -100,7 +100,7 @@ class Service:
                 f"{len(ask.items)} items to score, and the policy allows {self.policy.candidates}; send them in parts"
             )
         items = self.lookup.ids(ask.items)
-        history = NOBODY.history if ask.user is None else (await self.store.state(str(ask.user))).history
+        history = (await self._state(ask.user)).history
         if ask.liked:
             history = np.concatenate([history, self.lookup.liked(ask.liked)])
         answer = await self._scored(Query(ask.user, history, items=items, context=ask.context), len(items), ask)

@@ -196,6 +196,8 @@ class Connection(asyncio.Protocol):
 
     def on_body(self, body: bytes) -> None:
         """Some of the body."""
+        if self._transport.is_closing() or self._last is not None:
+            return  # it was refused already
         self._size += len(body)
         if self._size > self._app.most:
             return self._too_large(self._size)
