@@ -170,3 +170,14 @@ def test_batches_shorter_than_the_way_to_the_thread_are_run_by_the_loop_until_on
 
     assert asyncio.run(scene())[-3:] == [4, 14, 6]
     assert here[-4:] == [True, True, True, False] and not any(here[: batcher.SHORT])
+
+
+def test_too_few_answers_are_told_to_all_who_wait(pool: ThreadPoolExecutor) -> None:
+    async def scene() -> int:
+        one = Batcher[int, int](Policy(), lambda batch: [], pool)
+        with pytest.raises(ValueError, match="zip"):
+            await one.submit(1)
+        await one.close()
+        return one.scheduler.inside
+
+    assert asyncio.run(scene()) == 0
