@@ -143,7 +143,7 @@ def timed(
 
         read = columns_of(spec, columns)
         batches = [_filled(read, max(2, r)) for r in rows]
-        with Learner(module, loss, Recipe(tables=update)) as learner:
+        with Learner(module, loss, Recipe(tables=update), joined=False) as learner:
             few, many = (_time(functools.partial(learner.learn, batch, 1e-6), seconds / 2) for batch in batches)
     low, high = (max(2, r) for r in rows)
     slope = max(0.0, (many - few) / (high - low)) if high > low else 0.0

@@ -220,17 +220,33 @@ class Dropout(nn.Dropout):
 
     def forward(self, x: Tensor) -> Tensor:
         """The input in evaluation; in training each number is zeroed with probability ``p``, the rest scaled up."""
-        cut = round(256 * self.p)
-        if not self.training or not cut:
+        if not self.training or not self.cut:
             return x
+        kept = self.kept(self.drawn(x), x.dtype)
+        return x * kept.mul_(self.up) if x.dtype in (torch.float32, torch.float64) else x * kept * self.up
+
+    @property
+    def cut(self) -> int:
+        """Of 256 numbers so many are dropped."""
+        return round(256 * self.p)
+
+    @property
+    def up(self) -> float:
+        """What those that are kept are multiplied by."""
+        return 256 / (256 - self.cut) if self.cut < 256 else 0.0
+
+    def kept(self, drawn: Tensor, kind: torch.dtype) -> Tensor:
+        """Ones and zeros, by random bytes."""
+        # Compared as floats, in place: PyTorch neither compares bytes nor multiplies by booleans at full speed.
+        return drawn.to(kind).ge_(self.cut)
+
+    def drawn(self, x: Tensor) -> Tensor:
+        """A random byte for each number of the input."""
         part = team.part()
         shape = (part.total, *x.shape[1:]) if part is not None and len(x) == part.rows else x.shape
         words = torch.empty(-(-math.prod(shape) // 8), dtype=torch.int64, device=x.device).random_(-(2**63), None)
         drawn = words.view(torch.uint8)[: math.prod(shape)].view(shape)
-        # Compared as floats, in place: PyTorch neither compares bytes nor multiplies by booleans at full speed.
-        kept = (drawn if shape == x.shape or part is None else part.of(drawn)).to(x.dtype).ge_(cut)
-        up = 256 / (256 - cut)
-        return x * kept.mul_(up) if x.dtype in (torch.float32, torch.float64) else x * kept * up
+        return drawn if shape == x.shape or part is None else part.of(drawn)
 
 
 class MLP(nn.Sequential):

@@ -51,7 +51,7 @@ class Halved:
     """A module's dense layers multiply in bfloat16 while it trains, until ``release()``."""
 
     def __init__(self, module: nn.Module) -> None:
-        self.layers = [m for m in module.modules() if type(m) is nn.Linear and _worth(m.weight)]
+        self.layers = [m for m in module.modules() if type(m) is nn.Linear and worth(m.weight)]
         for layer in self.layers:
             layer.__dict__["forward"] = functools.partial(_forward, layer)
 
@@ -68,5 +68,6 @@ def _forward(layer: nn.Linear, x: Tensor) -> Tensor:
     return y
 
 
-def _worth(weight: Tensor) -> bool:
+def worth(weight: Tensor) -> bool:
+    """Whether the products of a layer are worth rounding for."""
     return weight.dtype == torch.float32 and weight.numel() >= SMALLEST and min(weight.shape) > 1

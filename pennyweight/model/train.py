@@ -45,6 +45,7 @@ from pennyweight.core.errors import ConfigError, DataError
 from pennyweight.data.dataset import Dataset
 from pennyweight.data.schema import FIRST, Column, Schema
 from pennyweight.model import losses, metrics, sparse, team
+from pennyweight.model.hidden import Joined
 from pennyweight.model.metrics import METRICS, Lists, Ranked
 from pennyweight.model.mixed import Halved
 from pennyweight.model.sparse import Sparse
@@ -540,12 +541,15 @@ class _Stepper:
 class Learner:
     """A module while it is trained, in a ``with``: the loss of a batch, its gradients, and who moves what along them.
 
-    Tables of which only touched rows are trained, and layers that multiply in bfloat16, are lent for as long
-    (``recipe.tables``, ``recipe.precision``).
+    Tables of which only touched rows are trained, layers that multiply in bfloat16 and hidden layers computed as one are lent
+    for as long (``recipe.tables``, ``recipe.precision``; ``joined=False`` computes layers one by one, as workers do).
     """
 
-    def __init__(self, module: nn.Module, loss: losses.Loss, recipe: Recipe, workers: Workers | None = None) -> None:
+    def __init__(
+        self, module: nn.Module, loss: losses.Loss, recipe: Recipe, workers: Workers | None = None, *, joined: bool = True
+    ) -> None:
         self.module, self.loss, self.recipe, self.workers = module, loss, recipe, workers
+        self.alone = joined and workers is None
 
     def __enter__(self) -> Learner:
         kind = _kind(self.module, self.recipe)
@@ -554,7 +558,9 @@ class Learner:
             self.sparse = self.workers.lend(self.module, kind, self.recipe)
         elif kind != "dense":
             self.sparse = Sparse(self.module, kind, self.recipe.embedding_l2)
-        self.halved = Halved(self.module) if self.recipe.precision == "bf16" else None
+        halved = self.recipe.precision == "bf16"
+        self.joined = Joined(self.module, torch.bfloat16 if halved else None) if self.alone else None
+        self.halved = Halved(self.module) if halved else None
         try:
             self.optimizer = optimizer(self.module, self.recipe, self.sparse.parameters if self.sparse else ())
         except ConfigError:
@@ -565,7 +571,7 @@ class Learner:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for lent in (self.sparse, self.halved):
+        for lent in (self.sparse, self.halved, self.joined):
             if lent is not None:
                 lent.release()
 

@@ -2,7 +2,10 @@
 
 Everything is decided in one currency, the seconds that work is predicted to take (``core/curve``, learned while serving):
 
-- **Admission** at arrival: what is ahead, done by the cheapest model that may answer, must leave a request its time.
+- **Admission** at arrival: what is ahead, done by the cheapest model that may answer, must leave a request its time. What more
+  important classes will send meanwhile is ahead of it too, at the rate they send now: the wait is longer by 1 / (1 - the share
+  of the workers' time that they take), the delay of a queue with priorities (Cobham 1954). Without it a lower class is let in
+  and overtaken until its deadline, and told no only then.
   Dropping what is late by the time it comes up is the usual alternative and collapses under lasting overload: an
   earliest-deadline queue then serves those about to expire, in ever smaller batches.
 - **Order**: classes, earliest deadline first, ageing (``queue``). Quotas and the guard are in ``admit``.
@@ -40,6 +43,8 @@ LESSONS = 32
 """Batches after which curves learn even if nobody calls ``learn``."""
 WILD = 3.0
 """Safety factor above which times are not predictable: allowing for more would refuse all; the guard is for those."""
+FULL = 0.95
+"""Share of the workers' time that more important classes are taken to need at most."""
 CALM = 0.1
 """Share of its time within twice of which an answer is no sign of trouble, however little was predicted."""
 RETRY_S = 1.0
@@ -62,6 +67,8 @@ class Knobs:
     """For how long that must hold: this many times the first class's time."""
     split: float = 0.3
     """A request longer than this share is cut over idle workers."""
+    flow: float = 0.5
+    """What more important classes take is averaged over this many times the first class's time."""
     late: float = 1.5
     """A batch is hedged once it has run this many times its safe prediction."""
 
@@ -97,6 +104,23 @@ class Cost:
             curve = self.learned.curve
             self.a, self.r, self.b = curve.fixed_ms / 1000, curve.request_ms / 1000, curve.item_ms / 1000
             self.m = min(curve.safety, WILD)
+
+
+class Flow:
+    """Seconds of work that come a second, averaged over about the last ``over`` seconds."""
+
+    __slots__ = ("_at", "_sum", "over")
+
+    def __init__(self, over: float) -> None:
+        self.over, self._sum, self._at = over, 0.0, 0.0
+
+    def add(self, seconds: float, now: float) -> None:
+        """So much came."""
+        self._sum, self._at = self._sum * math.exp((self._at - now) / self.over) + seconds, now
+
+    def rate(self, now: float) -> float:
+        """Seconds a second, which is workers' worth."""
+        return self._sum * math.exp((self._at - now) / self.over) / self.over
 
 
 class Worker:
@@ -170,6 +194,7 @@ class Scheduler:
         self._quotas = {tenant.name: tenant for tenant in policy.tenants}
         self._buckets: dict[str, Bucket] = {}
         self._idle: list[Worker] = []
+        self._flows = [Flow(knobs.flow * spans[0]) for _ in spans]
         self._tried = -math.inf
         self._hopeless: list[Ticket] = []
         self._lessons: list[tuple[Cost, int, int, float]] = []
@@ -321,6 +346,10 @@ class Scheduler:
             self._charge(ticket, now)
         self.inside += 1
         self.queue.push(piece)
+        if rank + 1 < len(self._flows):
+            variant = self._floor[allowed]
+            cost = self._cheapest(variant)
+            self._flows[rank].add(cost.m * (cost.a / self._joined(cost, variant) + piece.floor), now)
         return ticket
 
     def drop(self, ticket: Ticket) -> None:
@@ -483,6 +512,9 @@ class Scheduler:
             count += self.queue.counts[rank]
             load += self.queue.loads[rank]
         start, shared = self._start_of(count, load, now, variant)
+        if ticket.rank and start:
+            taken = sum(flow.rate(now) for flow in self._flows[: ticket.rank]) / max(1, len(self.workers))
+            start /= 1 - min(taken, FULL)
         return start + cost.m * (cost.a + shared + piece.floor)
 
     def _pressure(self, now: float, span: float) -> list[float]:

@@ -1,0 +1,210 @@
+"""Hidden layers trained as one step: linear, batch norm, ReLU and dropout of all of an MLP's widths in one autograd function.
+
+What a training step on a CPU spends beside its matrix products is passes over activations. Layer by layer, PyTorch makes 31 of
+them (of 4 bytes a number and hidden layer, both ways); here they are 24 in fp32, and half as large in bfloat16, where a value
+stays as its product gave it until the next product takes it. What is left out: the bias before a norm, which the norm takes
+away again (its running mean gets it); dropout's scale, which goes into the norm's weights; a pass back, since the gradients of
+ReLU and of dropout are both zero exactly where the output is; masks kept for the way back; new memory for what can be written
+in place. Statistics of a norm are taken in fp32 from what the product gave, as PyTorch's own mixed kernels do.
+
+``torch.compile`` is the known way to fuse; it takes a minute to build, and does not see across the random numbers. The cost of
+this one is that it knows four kinds of layers only: anything else in between, a hook, a layer that somebody patched or
+subclassed ends a run, and the rest is computed as it was. Workers that train one model together compute norms over the rows of
+all, between two exchanges: theirs stay as they are.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pennyweight.model import team
+from pennyweight.model.layers import Dropout
+from pennyweight.model.mixed import worth
+
+HOT = 1 << 18
+"""Numbers that are worked on at a time where one pass follows another: a core's cache holds as many."""
+_backward = torch.ops.aten.threshold_backward
+_forward = torch.ops.aten.native_batch_norm
+_normed = torch.ops.aten.native_batch_norm_backward
+
+
+@dataclass(frozen=True, eq=False)
+class Block:
+    """One hidden layer."""
+
+    linear: nn.Linear
+    norm: nn.BatchNorm1d | None
+    dropout: Dropout | None
+
+    @property
+    def weights(self) -> tuple[Tensor | None, ...]:
+        """What is trained: four tensors a block, as the function takes them."""
+        norm = (None, None) if self.norm is None else (self.norm.weight, self.norm.bias)
+        return (self.linear.weight, self.linear.bias, *norm)
+
+
+class Hidden(torch.autograd.Function):
+    """The output [B, width] of blocks for an input [B, inputs] of the same type, multiplied in ``kind``."""
+
+    @staticmethod
+    def forward(ctx: Any, blocks: Sequence[Block], kind: torch.dtype, x: Tensor, *weights: Tensor | None) -> Tensor:
+        """Forward of all blocks; running figures of the norms move as in ``nn.BatchNorm1d``."""
+        rows, scales = x.to(kind), []
+        saved = [rows]
+        for k, block in enumerate(blocks):
+            weight, bias, gamma, beta = weights[4 * k : 4 * k + 4]
+            assert weight is not None
+            narrow = weight.to(kind)
+            z = torch.mm(rows, narrow.t())
+            up = 1.0 if block.dropout is None else block.dropout.up
+            if block.norm is None:
+                rows = z if bias is None else z.add_(bias)
+                saved += [narrow]
+            else:
+                norm = block.norm
+                assert gamma is not None and beta is not None
+                gamma, beta = (gamma, beta) if up == 1 else (gamma * up, beta * up)
+                rows, mean, scale = _forward(z, gamma, beta, norm.running_mean, norm.running_var, True, norm.momentum, norm.eps)
+                norm.num_batches_tracked.add_(1)
+                if bias is not None:
+                    norm.running_mean.add_(bias, alpha=norm.momentum)
+                saved += [narrow, z, gamma, mean, scale]
+            rows.relu_()
+            if block.dropout is not None:
+                _drop(rows, block.dropout, 1.0 if block.norm is not None else up)
+            scales.append(up)
+            saved.append(rows)
+        ctx.save_for_backward(*saved)
+        ctx.blocks, ctx.scales, ctx.kind = blocks, scales, x.dtype
+        return rows.to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        """Of the input and of what is trained; None of a bias that a norm takes away."""
+        saved, found = list(ctx.saved_tensors), []
+        (gradient,) = gradients
+        g, wanted = gradient.to(saved[0].dtype), ctx.needs_input_grad
+        fresh = g is not gradient
+        for k in reversed(range(len(ctx.blocks))):
+            block, up = ctx.blocks[k], ctx.scales[k]
+            needs = wanted[3 + 4 * k : 7 + 4 * k]
+            out = saved.pop()
+            g = _backward.grad_input(g, out, 0, grad_input=g) if fresh else _backward(g, out, 0)
+            bias = gamma = beta = None
+            if block.norm is None:
+                narrow = saved.pop()
+                g = g.mul_(up) if up != 1 else g
+                bias = g.sum(0, dtype=ctx.kind) if needs[1] else None
+            else:
+                narrow, z, factor, mean, scale = saved[-5:]
+                del saved[-5:]
+                norm = block.norm
+                figures = (norm.running_mean, norm.running_var, mean, scale, True, norm.eps)
+                g, gamma, beta = _normed(g, z, factor, *figures, [True, needs[2], needs[3]])
+                if up != 1:
+                    gamma, beta = (None if t is None else t.mul_(up) for t in (gamma, beta))
+            weight = torch.mm(g.t(), saved[-1]).to(ctx.kind) if needs[0] else None
+            found += [beta, gamma, bias, weight]
+            fresh = True
+            g = torch.mm(g, narrow) if k or wanted[2] else None
+        return (None, None, None if g is None else g.to(ctx.kind), *reversed(found))
+
+
+def _drop(rows: Tensor, dropout: Dropout, up: float) -> None:
+    """Dropout in place, some rows at a time: their masks stay in the cache, where those of a batch would go through memory."""
+    drawn = dropout.drawn(rows)
+    few = max(1, HOT // rows.shape[1])
+    for part, bytes_ in zip(rows.split(few), drawn.split(few), strict=True):
+        kept = dropout.kept(bytes_, rows.dtype)
+        part.mul_(kept if up == 1 else kept.mul_(up))
+
+
+class Joined:
+    """A module whose runs of hidden layers train as one step, their products in ``kind``, until ``release()``."""
+
+    def __init__(self, module: nn.Module, kind: torch.dtype | None = None) -> None:
+        self.lent: list[nn.Sequential] = []
+        for child in module.modules():
+            if isinstance(child, nn.Sequential) and _plain(child, nn.Sequential.forward):
+                parts = _parts(list(child))
+                if any(isinstance(part, tuple) for part in parts):
+                    child.__dict__["forward"] = functools.partial(_run, parts, kind)
+                    self.lent.append(child)
+
+    def release(self) -> None:
+        """Leave the module as it was found."""
+        for child in self.lent:
+            child.__dict__.pop("forward", None)
+
+
+def _run(parts: Sequence[tuple[Block, ...] | nn.Module], kind: torch.dtype | None, x: Tensor) -> Tensor:
+    for part in parts:
+        x = _joined(part, kind, x) if isinstance(part, tuple) else part(x)
+    return x
+
+
+def _joined(blocks: tuple[Block, ...], kind: torch.dtype | None, x: Tensor) -> Tensor:
+    """What the blocks answer: at once in training on a batch of rows, else one after another."""
+    layers = [layer for b in blocks for layer in (b.linear, b.norm, b.dropout) if layer is not None]
+    whole = x.dim() == 2 and len(x) > 1 and all(layer.training for layer in layers) and team.part() is None
+    if whole and x.is_floating_point() and not torch.is_autocast_enabled(x.device.type):
+        weights = [w for b in blocks for w in b.weights]
+        narrow = kind is not None and x.dtype == torch.float32 and worth(blocks[0].linear.weight)
+        y: Tensor = Hidden.apply(blocks, kind if narrow else x.dtype, x, *weights)  # type: ignore[no-untyped-call]
+        return y
+    for b in blocks:
+        x = b.linear(x)
+        x = x if b.norm is None else b.norm(x)
+        x = x.relu()
+        x = x if b.dropout is None else b.dropout(x)
+    return x
+
+
+def _parts(layers: Sequence[nn.Module]) -> list[tuple[Block, ...] | nn.Module]:
+    """A sequence of layers with the runs of hidden layers in it taken together."""
+    parts: list[tuple[Block, ...] | nn.Module] = []
+    at = 0
+    while at < len(layers):
+        found = _block(layers[at : at + 4])
+        if found is None:
+            parts.append(layers[at])
+            at += 1
+            continue
+        block, used = found
+        at += used
+        before = parts[-1] if parts else None
+        if isinstance(before, tuple) and worth(before[0].linear.weight) == worth(block.linear.weight):
+            parts[-1] = (*before, block)
+        else:
+            parts.append((block,))
+    return parts
+
+
+def _block(layers: Sequence[nn.Module]) -> tuple[Block, int] | None:
+    """The hidden layer that layers begin with, and of how many it is made."""
+    if not layers or type(layers[0]) is not nn.Linear or not _plain(layers[0], nn.Linear.forward):
+        return None
+    linear, norm, used = layers[0], None, 1
+    if len(layers) > 1 and type(layers[1]) is nn.BatchNorm1d:
+        norm, used = layers[1], 2
+        whole = norm.affine and norm.track_running_stats and norm.momentum is not None
+        if not whole or not _plain(norm, nn.BatchNorm1d.forward):
+            return None
+    if len(layers) <= used or type(layers[used]) is not nn.ReLU or not _plain(layers[used], nn.ReLU.forward):
+        return None
+    dropout = layers[used + 1] if len(layers) > used + 1 else None
+    if type(dropout) is Dropout and _plain(dropout, Dropout.forward):
+        return Block(linear, norm, dropout if dropout.cut else None), used + 2
+    return Block(linear, norm, None), used + 1
+
+
+def _plain(module: nn.Module, forward: Any) -> bool:
+    """Whether calling a module is calling its class's forward and nothing else."""
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    return type(module).forward is forward and "forward" not in module.__dict__ and not any(hooks)
