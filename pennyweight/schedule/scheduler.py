@@ -67,8 +67,10 @@ class Knobs:
     """For how long that must hold: this many times the first class's time."""
     split: float = 0.3
     """A request longer than this share is cut over idle workers."""
-    flow: float = 0.5
+    flow: float = 0.6
     """What more important classes take is averaged over this many times the first class's time."""
+    surge: float = 1.25
+    """And taken to be this many times as much: what comes in excess of it is told to those who wait, and late."""
     late: float = 1.5
     """A batch is hedged once it has run this many times its safe prediction."""
 
@@ -514,7 +516,7 @@ class Scheduler:
         start, shared = self._start_of(count, load, now, variant)
         if ticket.rank and start:
             taken = sum(flow.rate(now) for flow in self._flows[: ticket.rank]) / max(1, len(self.workers))
-            start /= 1 - min(taken, FULL)
+            start /= 1 - min(self.knobs.surge * taken, FULL)
         return start + cost.m * (cost.a + shared + piece.floor)
 
     def _pressure(self, now: float, span: float) -> list[float]:

@@ -62,7 +62,7 @@ def test_a_light_load_gets_the_best_model() -> None:
 
 
 def test_a_pulse_is_shed_from_below() -> None:
-    classes = (Priority("page", share=0.9), Priority("feed", share=0.6), Priority("mail", share=0.3))
+    classes = (Priority("page", share=0.9), Priority("feed", share=0.8), Priority("mail", share=0.7))
     policy = dataclasses.replace(THREE, deadline_ms=50.0, variants=THREE.variants[:1], classes=classes)
     trace = offered(policy, 0.6, 4.0, pulse=10.0, pulse_s=1.0, classes={"page": 0.1, "feed": 0.3, "mail": 0.6})
     replay = simulate(policy, trace, TWO)
