@@ -113,6 +113,24 @@ def test_frozen_weights_get_no_gradient() -> None:
     assert torch.allclose(wanted["x"], found["x"]) and torch.allclose(wanted["1.bias"], found["1.bias"])
 
 
+def test_rows_of_a_table_and_their_gradient_are_those_of_an_embedding() -> None:
+    torch.manual_seed(0)
+    one = nn.Embedding(50, 6, padding_idx=0).double()
+    two = copy.deepcopy(one)
+    lent = Joined(two)
+    for shape in ((40,), (8, 5), (0,)):
+        ids = torch.randint(0, 50, shape)
+        by = torch.randn(*shape, 6, dtype=torch.float64)
+        for table in (one, two):
+            table.weight.grad = None
+            (table(ids) * by).sum().backward()
+        assert torch.equal(one(ids), two(ids)) and torch.allclose(one.weight.grad, two.weight.grad, rtol=1e-12)
+        assert not two.weight.grad[0].any()
+    lent.release()
+    assert lent.lent == [two] and "forward" not in two.__dict__
+    assert Joined(nn.Embedding(5, 2, sparse=True)).lent == [] and Joined(nn.Embedding(5, 2, max_norm=1.0)).lent == []
+
+
 def test_all_may_be_dropped() -> None:
     assert not Dropout(1.0).train()(torch.ones(4, 4)).any()
 
