@@ -58,8 +58,8 @@ class Hidden(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, blocks: Sequence[Block], kind: torch.dtype, x: Tensor, *weights: Tensor | None) -> Tensor:
         """Forward of all blocks; running figures of the norms move as in ``nn.BatchNorm1d``."""
-        rows, scales = x.to(kind), []
-        saved = [rows]
+        rows = first = x.to(kind)
+        held: list[Any] = []
         for k, block in enumerate(blocks):
             weight, bias, gamma, beta = weights[4 * k : 4 * k + 4]
             assert weight is not None
@@ -68,7 +68,7 @@ class Hidden(torch.autograd.Function):
             up = 1.0 if block.dropout is None else block.dropout.up
             if block.norm is None:
                 rows = z if bias is None else z.add_(bias)
-                saved += [narrow]
+                figures = ()
             else:
                 norm = block.norm
                 assert gamma is not None and beta is not None
@@ -77,42 +77,44 @@ class Hidden(torch.autograd.Function):
                 norm.num_batches_tracked.add_(1)
                 if bias is not None:
                     norm.running_mean.add_(bias, alpha=norm.momentum)
-                saved += [narrow, z, gamma, mean, scale]
+                figures = (z, gamma, mean, scale)
             rows.relu_()
             if block.dropout is not None:
                 _drop(rows, block.dropout, 1.0 if block.norm is not None else up)
-            scales.append(up)
-            saved.append(rows)
-        ctx.save_for_backward(*saved)
-        ctx.blocks, ctx.scales, ctx.kind = blocks, scales, x.dtype
+            held.append([narrow, up, figures, rows if k + 1 < len(blocks) else None])
+        ctx.save_for_backward(first, rows)
+        ctx.blocks, ctx.held, ctx.kind = blocks, held, x.dtype
         return rows.to(x.dtype)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
         """Of the input and of what is trained; None of a bias that a norm takes away."""
-        saved, found = list(ctx.saved_tensors), []
-        (gradient,) = gradients
-        g, wanted = gradient.to(saved[0].dtype), ctx.needs_input_grad
+        (gradient,), (first, rows), found = gradients, ctx.saved_tensors, []
+        # Held here and not by autograd, so that each is given back as soon as it was read: what is computed next lies in its
+        # memory, which the cache still has.
+        held, ctx.held = ctx.held, None
+        if held is None:
+            raise RuntimeError("the gradient of hidden layers computed as one can be asked for once; what it takes is gone")
+        g, wanted = gradient.to(rows.dtype), ctx.needs_input_grad
         fresh = g is not gradient
         for k in reversed(range(len(ctx.blocks))):
-            block, up = ctx.blocks[k], ctx.scales[k]
+            narrow, up, figures, _ = held.pop()
             needs = wanted[3 + 4 * k : 7 + 4 * k]
-            out = saved.pop()
-            g = _backward.grad_input(g, out, 0, grad_input=g) if fresh else _backward(g, out, 0)
+            g = _backward.grad_input(g, rows, 0, grad_input=g) if fresh else _backward(g, rows, 0)
+            rows = held[-1][3] if k else first
             bias = gamma = beta = None
-            if block.norm is None:
-                narrow = saved.pop()
+            if not figures:
                 g = g.mul_(up) if up != 1 else g
                 bias = g.sum(0, dtype=ctx.kind) if needs[1] else None
             else:
-                narrow, z, factor, mean, scale = saved[-5:]
-                del saved[-5:]
-                norm = block.norm
-                figures = (norm.running_mean, norm.running_var, mean, scale, True, norm.eps)
-                g, gamma, beta = _normed(g, z, factor, *figures, [True, needs[2], needs[3]])
+                norm = ctx.blocks[k].norm
+                z, factor, *taken = figures
+                asked = [True, needs[2], needs[3]]
+                g, gamma, beta = _normed(g, z, factor, norm.running_mean, norm.running_var, *taken, True, norm.eps, asked)
+                del z, figures
                 if up != 1:
                     gamma, beta = (None if t is None else t.mul_(up) for t in (gamma, beta))
-            weight = torch.mm(g.t(), saved[-1]).to(ctx.kind) if needs[0] else None
+            weight = torch.mm(g.t(), rows).to(ctx.kind) if needs[0] else None
             found += [beta, gamma, bias, weight]
             fresh = True
             g = torch.mm(g, narrow) if k or wanted[2] else None
