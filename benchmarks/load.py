@@ -148,14 +148,14 @@ def post(path: str, body: bytes, kind: str = binary.KIND, **headers: str) -> byt
     return head.encode() + body
 
 
-def asks(trace: Arrivals, catalog: int) -> list[bytes]:
+def asks(trace: Arrivals, catalog: int, path: str = "/score") -> list[bytes]:
     """Each request of a trace, to score its candidates: ranks of items, which are the names of what ``Server`` serves."""
     made = []
     for place in range(len(trace)):
         size = int(trace.items[place])
         items = [place % catalog] if size == 1 else trace.candidates(place) % catalog
         tenant, priority = trace.tenants[trace.tenant[place]], trace.priorities[trace.priority[place]]
-        made.append(post("/score", binary.ask(items), x_tenant=tenant, x_priority=priority))
+        made.append(post(path, binary.ask(items), x_tenant=tenant, x_priority=priority))
     return made
 
 

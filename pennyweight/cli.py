@@ -124,13 +124,19 @@ def train(
         int, typer.Option(help="Processes that train it together, on each host; 0 is this one. The result is the same.")
     ] = 0,
     placement: Annotated[
-        str, typer.Option(help="How workers hold tables: data, table, row, column, grid, hybrid; or a placement's JSON file.")
+        str,
+        typer.Option(help="How workers hold a model: data, table, row, column, grid, hybrid, pipeline; or a placement's JSON."),
     ] = "hybrid",
     replicas: Annotated[int, typer.Option(help="Groups of workers that each hold all tables.")] = 1,
     hosts: Annotated[
         Path | None, typer.Option(help="File with a host a line, ADDRESS[:PORT] [WORKERS]; give the same command on each.")
     ] = None,
-    least: Annotated[int, typer.Option(help="Hosts that are enough to begin and to go on; all by default.")] = 0,
+    cluster: Annotated[
+        str, typer.Option(help="A Ray cluster to train on, --workers in all: ray://HOST:PORT, auto, or local to try it.")
+    ] = "",
+    least: Annotated[
+        int, typer.Option(help="Hosts (of a Ray cluster: workers) that are enough to begin and to go on; all by default.")
+    ] = 0,
     every: Annotated[int, typer.Option(help="Steps between workers' checkpoints; a minute by default.")] = 0,
     timeout: Annotated[float, typer.Option(help="Seconds that a worker or host which does not answer is waited for.")] = 60.0,
     memory: Annotated[str, typer.Option(help="Memory that each worker may take, as 2GB; the system enforces it.")] = "",
@@ -157,8 +163,15 @@ def train(
     recipe = decode(Recipe, settings, "train")
     given = loads(dict, args, "--args") if ":" in model else _model_args(model, dim, hidden, dropout)
     fed = tuple(c for c in inputs.split(",") if c)
-    looked_after = {"least": least, "every": every, "timeout_s": timeout, "traffic": traffic, "balance": balance}
-    many = _many(workers, placement, replicas, hosts, memory, looked_after) if workers or hosts else None
+    looked_after = {
+        "cluster": cluster,
+        "least": least,
+        "every": every,
+        "timeout_s": timeout,
+        "traffic": traffic,
+        "balance": balance,
+    }
+    many = _many(workers, placement, replicas, hosts, memory, looked_after) if workers or hosts or cluster else None
     with watching(err_console) as (tell, watch, _):
         dataset, how, fractions = _dataset(data, column, out / "data")
         tell(f"{len(dataset):,} rows; training {model}")

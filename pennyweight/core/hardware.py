@@ -297,7 +297,7 @@ OPTIONAL: tuple[tuple[str, tuple[str, ...], str, str], ...] = (
      "pip install onnxruntime onnx onnxscript"),
     ("torchrec", ("torchrec", "fbgemm-gpu-cpu"), "tables sharded over many workers",
      "pip install --no-deps torchrec==1.8.0 fbgemm-gpu-cpu==1.8.0"),
-    ("ray", ("ray",), "placing and restarting workers on a cluster", "pip install ray"),
+    ("ray", ("ray",), "placing and restarting workers on a cluster", "pip install 'ray[train]'"),
     ("keras", ("keras",), "Keras 3 models on the torch backend", "pip install keras"),
     ("tensorflow", ("tf2onnx",), "TensorFlow SavedModels, read through ONNX", "pip install tensorflow-cpu tf2onnx"),
     ("faiss", ("faiss-cpu",), "candidates out of millions of items, 10x faster than exactly", "pip install faiss-cpu"),

@@ -22,7 +22,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from pennyweight.core.errors import ConfigError
-from pennyweight.distribute import shard, wide
+from pennyweight.distribute import pipe, shard, wide
 from pennyweight.distribute.blocks import Fill
 from pennyweight.distribute.checkpoint import Folder
 from pennyweight.distribute.codec import Codec, Kind
@@ -123,6 +123,7 @@ class Crew:
         modules = module.named_modules(remove_duplicate=False)
         self.names: dict[str, Held | wide.Part] = {f"{path}.weight": of[id(m)] for path, m in modules if id(m) in of}
         self.wide = wide.cut(module, placement, self.near.rank)
+        self.wide |= pipe.cut(module, placement, self.near.rank)
         self.names |= self.wide
         self.shapes: Mapping[str, tuple[int, ...]] = {name: part.shape for name, part in self.names.items()}
         self.folder: Folder | None = None
@@ -152,9 +153,12 @@ class Crew:
                 f"a batch of {recipe.batch} rows cannot be parted among {self.size} workers; give at least a row each"
             )
         if self.wide and recipe.precision == "bf16":
-            raise ConfigError("dense layers that are cut multiply in fp32; train with --precision fp32, or leave them whole")
+            raise ConfigError(
+                "dense layers that are cut or in a pipeline multiply in fp32; train with --precision fp32, or leave them whole"
+            )
         self.split = Split(module, self.world)
         self.layers = wide.Wide(module, self.placement.dense, self.near)
+        self.pipe = pipe.Pipe(module, self.placement, self.near) if self.placement.pipeline else None
         self.cut = shard.Cut(module, self.held, kind, recipe.embedding_l2, self.near, self.across, self.world)
         return _Lent(self)
 
@@ -261,6 +265,8 @@ class _Lent:
         self.crew.cut.release()
         self.crew.split.release()
         self.crew.layers.release()
+        if self.crew.pipe is not None:
+            self.crew.pipe.release()
         if self.crew.buckets is not None:
             self.crew.buckets.release()
             self.crew.buckets = None

@@ -2,8 +2,9 @@
 
 The workers are started by ``torchrun``'s own agent (``torch.distributed.launcher``), in this process; it starts all of them
 again when one ends badly, and they go on from the last checkpoint. On several hosts the same command is given on each: an
-*address file* names them, a line each, and the first one's port is where they meet. What the agent does not know is done here:
-progress is told, Ctrl-C stops all at one step, an error that another try would meet again ends at once, and is said once.
+*address file* names them, a line each, and the first one's port is where they meet. On a Ray cluster Ray Train takes the
+agent's place (``distribute/cluster``). What neither knows is done here: progress is told, Ctrl-C stops all at one step, an
+error that another try would meet again ends at once, and is said once.
 
 Workers are forked from a server process that has imported PyTorch already, so starting four again takes a fraction of a second
 and not four imports.
@@ -14,6 +15,7 @@ from __future__ import annotations
 import concurrent.futures
 import contextlib
 import dataclasses
+import functools
 import json
 import logging
 import multiprocessing
@@ -36,7 +38,7 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from pennyweight.core.config import decode, dumps, loads
 from pennyweight.core.errors import ConfigError, DataError, DeviceError
 from pennyweight.data.dataset import How
-from pennyweight.distribute import checkpoint, worker
+from pennyweight.distribute import checkpoint, cluster, worker
 from pennyweight.distribute.worker import Host as Host
 from pennyweight.distribute.worker import Job
 from pennyweight.distribute.worker import Many as Many
@@ -85,7 +87,7 @@ def train(
         PennyweightError: as a training by one would, or as the workers agreed on.
         DeviceError: a host did not come, a port is taken, or workers end again and again.
     """
-    alike = dataclasses.replace(many, workers=1, hosts=(), least=0)  # each host has workers and a file of its own
+    alike = dataclasses.replace(many, workers=1, hosts=(), cluster="", least=0)  # each host has workers and a file of its own
     job = Job(spec, str(data.absolute()), *parts, recipe, seed, alike, allow)
     hosts = many.hosts
     here = place(hosts)
@@ -97,7 +99,12 @@ def train(
         shutil.rmtree(folder / "fitted", ignore_errors=True)
         if not checkpoint.newest(folder / "checkpoint"):
             shutil.rmtree(folder / "best", ignore_errors=True)
-    launch = elastic_launch(_config(job, many, here, folder), worker.main)
+    if many.cluster:
+        cluster.check(many.cluster)
+        folder = folder.absolute()
+        launch: Callable[[str, str], Any] = functools.partial(cluster.run, many, RESTARTS)
+    else:
+        launch = elastic_launch(_config(job, many, here, folder), worker.main)
     with concurrent.futures.ThreadPoolExecutor(1) as thread, _quiet():
         running = thread.submit(launch, str(folder), dumps(job))
         _follow(running, folder, watch)
@@ -186,14 +193,14 @@ def _config(job: Job, many: Many, here: int, folder: Path) -> LaunchConfig:
         "logs_specs": _Starts(folder), "shutdown_timeout": 5,
     }  # fmt: skip
     if not hosts:
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", _interface("127.0.0.1"))
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", worker.interface("127.0.0.1"))
         return LaunchConfig(
             1, 1, workers, run_id=uuid.uuid4().hex, rdzv_endpoint="127.0.0.1:0", local_addr="127.0.0.1", **shared
         )
     first, mine = hosts[0], hosts[here]
     if here == 0:
         _free(first)
-    os.environ["GLOO_SOCKET_IFNAME"] = _interface(mine.address)
+    os.environ["GLOO_SOCKET_IFNAME"] = worker.interface(mine.address)
     configs = {"timeout": job.many.timeout_s, "join_timeout": job.many.timeout_s, "is_host": here == 0, "last_call_timeout": 5}
     return LaunchConfig(
         many.least or len(hosts), len(hosts), mine.workers or workers, run_id="pennyweight", rdzv_configs=configs,
@@ -211,11 +218,6 @@ def _free(host: Host) -> None:
             raise DeviceError(
                 f"{host.address}:{host.port} cannot be opened ({error.strerror}); name another port in the file's first line"
             ) from error
-
-
-def _interface(address: str) -> str:
-    """The network interface that has an address."""
-    return next((n for n, found in psutil.net_if_addrs().items() if any(a.address == address for a in found)), "lo")
 
 
 def _follow(running: concurrent.futures.Future[Any], folder: Path, watch: Callable[[Progress | EpochLog], None]) -> None:

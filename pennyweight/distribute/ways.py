@@ -5,6 +5,7 @@
     row       every table in blocks of rows over all workers
     column    in blocks of columns
     grid      in blocks of both: as many blocks of columns as divide the workers most evenly
+    pipeline  as hybrid, and the blocks of a deep model on one worker each (``pipe``)
     hybrid    by row from ``sparse.LARGE`` / 16 numbers, whole below: small tables cost more to ask for than to hold
 
 With ``replicas`` that is inside a group of workers, and groups hold the same (2D). Dense layers are whole everywhere.
@@ -41,7 +42,7 @@ def placed(way: str, tables: Mapping[str, tuple[int, int]], workers: int, replic
         ConfigError: no such way, or a number of workers that does not divide into the replicas.
     """
     if way not in WAYS:
-        raise ConfigError(f"placement {way!r} is not one of {', '.join(WAYS)}, nor a file")
+        raise ConfigError(f"placement {way!r} is not one of {', '.join(WAYS)}, pipeline, nor a file")
     whole = Placement(workers, replicas=replicas)
     shards = {}
     load = [0] * whole.group

@@ -24,12 +24,14 @@ import hashlib
 import json
 import os
 import signal
+import sys
 import threading
 import time
 import traceback
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -38,7 +40,7 @@ from pennyweight.core import errors, hardware, memory
 from pennyweight.core.config import dumps, encode, loads, write
 from pennyweight.core.errors import ConfigError, DataError, DeviceError, PennyweightError, StorageError
 from pennyweight.data.dataset import Dataset, How
-from pennyweight.distribute import checkpoint, ways
+from pennyweight.distribute import checkpoint, pipe, ways
 from pennyweight.distribute.blocks import apart, built
 from pennyweight.distribute.codec import Kind
 from pennyweight.distribute.crew import Crew, Wires
@@ -76,8 +78,10 @@ class Many:
     """Groups of workers that each hold everything."""
     hosts: tuple[Host, ...] = ()
     """All hosts, this one too; empty is this machine alone."""
+    cluster: str = ""
+    """A Ray cluster whose machines they are on, ``workers`` in all (``distribute/cluster``); empty is none."""
     least: int = 0
-    """Hosts that are enough to begin, and to go on when others are lost; 0 is all of them."""
+    """Hosts (on a Ray cluster: workers) that are enough to begin, and to go on when others are lost; 0 is all of them."""
     every: int = 0
     """Steps between two checkpoints inside an epoch; 0 is a minute."""
     timeout_s: float = 60.0
@@ -92,7 +96,11 @@ class Many:
     """Seconds between two reports of progress."""
 
     def __post_init__(self) -> None:
-        if self.least > len(self.hosts):
+        if self.cluster and self.hosts:
+            raise ConfigError("--cluster and --hosts are two ways to say where workers are; give one")
+        if self.cluster and self.least > self.workers:
+            raise ConfigError(f"{self.least} workers are to be enough, of {self.workers}; give --workers more")
+        if not self.cluster and self.least > len(self.hosts):
             raise ConfigError(
                 f"{self.least} hosts are to be enough, and {len(self.hosts)} are named; give --hosts FILE with more"
             )
@@ -197,6 +205,11 @@ def _work(home: Path, job: Job) -> None:
     dist.destroy_process_group()
 
 
+def interface(address: str) -> str:
+    """The network interface that has an address."""
+    return next((n for n, found in psutil.net_if_addrs().items() if any(a.address == address for a in found)), "lo")
+
+
 def _load(recipe: Recipe) -> None:
     """Let PyTorch load what it needs to train, which is no part of a limit: Python, PyTorch, threads."""
     layer = nn.Linear(2, 1)
@@ -223,6 +236,9 @@ def _placed(job: Job, module: nn.Module, replicas: int) -> Placement:
     size = dist.get_world_size()
     if isinstance(job.many.placement, Placement):
         return job.many.placement if job.many.placement.world_size == size else ways.again(job.many.placement, size)
+    if job.many.placement == "pipeline":
+        placed = ways.placed("hybrid", ways.tables(module), size, replicas)
+        return dataclasses.replace(placed, pipeline=pipe.stack(module))
     return ways.placed(job.many.placement, ways.tables(module), size, replicas)
 
 
@@ -315,3 +331,14 @@ def told(home: Path) -> PennyweightError | None:
     kind = getattr(errors, found["error"], DataError)
     error: PennyweightError = kind(found["message"])
     return error
+
+
+def _leashed() -> None:
+    """End when whoever started this process has ended: the other end of standard input closes."""
+    sys.stdin.buffer.read()
+    os._exit(1)
+
+
+if __name__ == "__main__":
+    threading.Thread(target=_leashed, daemon=True).start()
+    main(sys.argv[1], Path(sys.argv[2]).read_text())

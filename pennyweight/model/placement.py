@@ -2,9 +2,10 @@
 
 A table is *whole* on every worker (data parallel) unless ``shards`` names it; then it is one of five cuts over the workers of
 a group: one owner (``table``), blocks of rows, blocks of columns, or both at once (``grid``). Dense layers are whole unless
-``dense`` names them. With ``replicas`` the world is that many groups of consecutive ranks, each of which holds everything once:
-sharded inside a group (a host), replicated across (2D). So data parallel, model parallel, hybrid and 2D are one small value and
-not four modes; TorchRec's plan, with a kernel and a device a shard, is the known alternative.
+``dense`` names them, or they lie in a ``pipeline``. With ``replicas`` the world is that many groups of consecutive ranks, each
+of which holds everything once: sharded inside a group (a host), replicated across (2D). So data parallel, model parallel,
+hybrid and 2D are one small value and not four modes; TorchRec's plan, with a kernel and a device a shard, is the known
+alternative.
 
 A cut is even to one row or column: block ``k`` of ``n`` over ``w`` begins at ``n * k // w``. No block needs to be stored.
 """
@@ -92,6 +93,10 @@ class Placement:
     """Table path -> how it is cut; one not named is whole on every worker."""
     dense: Mapping[str, Cut] = dataclasses.field(default_factory=dict)
     """Dense layer's path -> how it is cut over a group; one not named is whole on every worker."""
+    pipeline: str = ""
+    """Path of a list of blocks that follow one another, which a group's workers hold in turn; empty is none."""
+    micro: int = 4
+    """Of a pipeline: micro-batches that each worker's rows are cut into."""
     replicas: int = 1
     """Groups of ``world_size / replicas`` consecutive ranks that each hold everything."""
 
@@ -100,6 +105,8 @@ class Placement:
             raise ConfigError(
                 f"{self.world_size} workers in {self.replicas} replicas: give a world size of 1 or more, which they divide"
             )
+        if self.micro < 1:
+            raise ConfigError(f"{self.micro} micro-batches: give 1 or more")
         for path, shard in self.shards.items():
             if max(shard.ranks) >= self.group:
                 raise ConfigError(f"{path}: shard on rank {max(shard.ranks)}, but a group has ranks 0 to {self.group - 1}")

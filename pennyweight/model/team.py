@@ -38,6 +38,16 @@ class Part:
         parts = [whole[start:stop] for start, stop in self.spans]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
+    def cut(self, start: int, stop: int) -> Part:
+        """Of the rows here those from ``start`` to ``stop``."""
+        spans, at = [], 0
+        for first, last in self.spans:
+            low, high = max(start - at, 0), min(stop - at, last - first)
+            if low < high:
+                spans.append((first + low, first + high))
+            at += last - first
+        return Part(tuple(spans) or ((0, 0),), self.total)
+
     def twice(self) -> Part:
         """The part of all rows followed by as many more, of which the same are here."""
         return Part((*self.spans, *((a + self.total, b + self.total) for a, b in self.spans)), 2 * self.total)

@@ -114,6 +114,9 @@ CASES = [
     ("two-tower", dataclasses.replace(PAIRS, loss="sampled-softmax", negatives=0), Many(2, "row")),
     ("sasrec", SASREC, Many(2, "row")),
     ("deepfm", RECIPE, Many(3, Placement(3, dense={"mlp.0": "column", "mlp.4": "row"}))),
+    ("sasrec", dataclasses.replace(SASREC, clip=1.0), Many(2, "pipeline")),
+    ("sasrec", SASREC, Many(3, Placement(3, pipeline="blocks", micro=2))),
+    ("sasrec", SASREC, Many(4, Placement(4, pipeline="blocks", micro=1, replicas=2))),
     ("sasrec", dataclasses.replace(SASREC, clip=1.0), Many(4, Placement(4, dense={"blocks.0.wide": "column"}, replicas=2))),
 ]
 

@@ -1,0 +1,135 @@
+"""Workers on a Ray cluster: Ray Train places them, starts them again, and goes on with fewer where that is allowed.
+
+What a worker does is what it does under ``torchrun`` (``distribute/worker``), in a process of its own: Ray Train calls its
+function in a thread of an actor, where no signal can be caught and where a limit on memory would be the actor's. The process
+ends with the actor, whatever ends that, since it reads a pipe that the actor holds. Where workers meet is told by the first one
+through Ray. Checkpoints, progress and errors go through the folder of the training, as on several hosts; the cluster's machines
+and the one that gives the command see it under one path, and have this package installed.
+
+The driver runs inside the cluster, as a task without a processor, so that ``ray://HOST:PORT`` (a client far away) and ``auto``
+(a machine of the cluster) are the same. ``local`` starts a cluster of this machine, to try it.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pennyweight.core.errors import ConfigError, DeviceError
+from pennyweight.distribute import worker
+from pennyweight.distribute.worker import Many
+
+FORMS = "ray://HOST:PORT, auto (this machine is part of a cluster) or local"
+QUIET = {"RAY_TRAIN_V2_ENABLED": "1", "RAY_TRAIN_METRICS_ENABLED": "0", "RAY_USAGE_STATS_ENABLED": "0"}
+
+
+def check(address: str) -> None:
+    """That a cluster is named as one can be.
+
+    Raises:
+        ConfigError: it is not, or Ray is missing.
+    """
+    if address not in ("auto", "local") and not address.startswith("ray://"):
+        raise ConfigError(f"--cluster {address!r} is not {FORMS}")
+    _ray()
+
+
+def run(many: Many, restarts: int, folder: str, job: str) -> None:
+    """Let workers train until they are done or a final error lies in the folder.
+
+    Raises:
+        ConfigError: Ray is missing.
+        DeviceError: the cluster is not reached, has too few processors, or workers end again and again.
+    """
+    ray = _ray()
+    os.environ.update(QUIET)
+    here = {"num_cpus": many.workers} if many.cluster == "local" else {}
+    address = None if many.cluster == "local" else many.cluster
+    try:
+        ray.init(address=address, log_to_driver=False, logging_level="ERROR", include_dashboard=False if here else None, **here)
+    except (ConnectionError, RuntimeError, TimeoutError, ValueError) as error:
+        raise DeviceError(f"the Ray cluster at {many.cluster} is not reached: {str(error).splitlines()[0]}") from error
+    try:
+        there = int(ray.cluster_resources().get("CPU", 0))
+        if there < (many.least or many.workers):
+            raise DeviceError(
+                f"the Ray cluster has {there} CPUs, and {many.least or many.workers} workers want one each; add nodes, or give "
+                "--workers fewer"
+            )
+        (Path(folder) / "job.json").write_text(job)
+        path = os.pathsep.join(filter(None, (os.getcwd(), os.environ.get("PYTHONPATH", ""))))
+        drive = ray.remote(num_cpus=0, max_retries=0, runtime_env={"env_vars": QUIET | {"PYTHONPATH": path}})(_drive)
+        ray.get(drive.remote(many.workers, many.least, restarts, folder, many.timeout_s))
+    except ray.exceptions.RayError as error:
+        raise DeviceError(f"Ray ended the training: {_line(error)}") from error
+    finally:
+        ray.shutdown()
+
+
+def _drive(workers: int, least: int, restarts: int, folder: str, timeout_s: float) -> None:
+    """Inside the cluster: a run of Ray Train."""
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train.data_parallel_trainer import DataParallelTrainer
+    from ray.train.v2.api.exceptions import TrainingFailedError
+
+    count: Any = (least, workers) if least and least < workers else workers
+    trainer = DataParallelTrainer(
+        _worker,
+        train_loop_config={"folder": folder, "timeout_s": timeout_s},
+        scaling_config=ScalingConfig(num_workers=count, resources_per_worker={"CPU": 1}),
+        run_config=RunConfig(name="ray", storage_path=folder, failure_config=FailureConfig(max_failures=restarts)),
+    )
+    try:
+        trainer.fit()
+    except TrainingFailedError as error:
+        if worker.told(Path(folder)) is None:
+            raise RuntimeError(_line(error)) from None
+
+
+def _worker(config: Mapping[str, Any]) -> None:
+    """One of Ray Train's workers: a process as ``torchrun`` would start it."""
+    import ray
+    from ray.train.collective import broadcast_from_rank_zero
+
+    context = ray.train.get_context()
+    rank, folder = context.get_world_rank(), Path(config["folder"])
+    address = ray.util.get_node_ip_address()
+    first = broadcast_from_rank_zero([address, _free(address)] if rank == 0 else None)
+    own = {
+        "RANK": rank, "WORLD_SIZE": context.get_world_size(), "LOCAL_RANK": context.get_local_rank(),
+        "LOCAL_WORLD_SIZE": context.get_local_world_size(), "MASTER_ADDR": first[0], "MASTER_PORT": first[1],
+        "GLOO_SOCKET_IFNAME": worker.interface(address), "OMP_NUM_THREADS": "",
+    }  # fmt: skip
+    env = {k: v for k, v in (os.environ | {k: str(v) for k, v in own.items()}).items() if v}
+    command = [sys.executable, "-m", "pennyweight.distribute.worker", str(folder), str(folder / "job.json")]
+    process = subprocess.Popen(command, env=env, stdin=subprocess.PIPE)  # its end closes with this actor
+    status = process.wait()
+    if status and worker.told(folder) is None:
+        raise RuntimeError(f"worker {rank} ended with status {status}")
+
+
+def _free(address: str) -> int:
+    with socket.socket() as probe:
+        probe.bind((address, 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def _line(error: BaseException) -> str:
+    """The last line of what Ray says of an error: its first ones are where it was."""
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    return lines[-1].strip()[:200] if lines else type(error).__name__
+
+
+def _ray() -> Any:
+    try:
+        import ray
+        import ray.train
+    except ImportError as error:
+        raise ConfigError("--cluster needs Ray: pip install 'pennyweight[ray]'") from error
+    return ray
