@@ -24,19 +24,7 @@ from pennyweight.core.errors import ConfigError, DeviceError
 from pennyweight.distribute import worker
 from pennyweight.distribute.worker import Many
 
-FORMS = "ray://HOST:PORT, auto (this machine is part of a cluster) or local"
 QUIET = {"RAY_TRAIN_V2_ENABLED": "1", "RAY_TRAIN_METRICS_ENABLED": "0", "RAY_USAGE_STATS_ENABLED": "0"}
-
-
-def check(address: str) -> None:
-    """That a cluster is named as one can be.
-
-    Raises:
-        ConfigError: it is not, or Ray is missing.
-    """
-    if address not in ("auto", "local") and not address.startswith("ray://"):
-        raise ConfigError(f"--cluster {address!r} is not {FORMS}")
-    _ray()
 
 
 def run(many: Many, restarts: int, folder: str, job: str) -> None:
@@ -74,7 +62,7 @@ def run(many: Many, restarts: int, folder: str, job: str) -> None:
 def _drive(workers: int, least: int, restarts: int, folder: str, timeout_s: float) -> None:
     """Inside the cluster: a run of Ray Train."""
     from ray.train import FailureConfig, RunConfig, ScalingConfig
-    from ray.train.data_parallel_trainer import DataParallelTrainer
+    from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
     from ray.train.v2.api.exceptions import TrainingFailedError
 
     count: Any = (least, workers) if least and least < workers else workers
@@ -127,6 +115,11 @@ def _line(error: BaseException) -> str:
 
 
 def _ray() -> Any:
+    """Ray.
+
+    Raises:
+        ConfigError: it is missing.
+    """
     try:
         import ray
         import ray.train

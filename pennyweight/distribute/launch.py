@@ -100,7 +100,6 @@ def train(
         if not checkpoint.newest(folder / "checkpoint"):
             shutil.rmtree(folder / "best", ignore_errors=True)
     if many.cluster:
-        cluster.check(many.cluster)
         folder = folder.absolute()
         launch: Callable[[str, str], Any] = functools.partial(cluster.run, many, RESTARTS)
     else:

@@ -96,6 +96,11 @@ class Many:
     """Seconds between two reports of progress."""
 
     def __post_init__(self) -> None:
+        if self.cluster not in ("", "auto", "local") and not self.cluster.startswith("ray://"):
+            raise ConfigError(
+                f"cluster {self.cluster!r} is not ray://HOST:PORT, auto (this machine is part of a cluster) or local (this "
+                "machine alone)"
+            )
         if self.cluster and self.hosts:
             raise ConfigError("--cluster and --hosts are two ways to say where workers are; give one")
         if self.cluster and self.least > self.workers:
@@ -335,7 +340,8 @@ def told(home: Path) -> PennyweightError | None:
 
 def _leashed() -> None:
     """End when whoever started this process has ended: the other end of standard input closes."""
-    sys.stdin.buffer.read()
+    while os.read(0, 1):  # not by sys.stdin, which is closed at the end of an interpreter and waited for
+        pass
     os._exit(1)
 
 
