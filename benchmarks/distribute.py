@@ -149,7 +149,8 @@ def exactness(name: str) -> harness.Measure:
             given = plain if name == "sasrec" else plain.double()
             done, losses = given.alone()
             losses = losses[:STEPS]
-            cases = [(w, way) for w in (2, 4) for way in WAYS if not (way == "2d" and w == 2)]
+            ways = (*WAYS, "pipeline") if name == "sasrec" else WAYS
+            cases = [(w, way) for w in (2, 4) for way in ways if not (way == "2d" and w == 2)]
             errors, gaps = [], []
             for workers, way in cases[:1] if options.quick else cases:
                 many = Many(workers, "row" if way == "2d" else way, 2 if way == "2d" else 1)
@@ -171,7 +172,7 @@ def exactness(name: str) -> harness.Measure:
                         note="fp32: one worker, each first weight half a unit in the last place up or down"),
                 ]  # fmt: skip
         kind = "" if name == "sasrec" else ", in float64"
-        note = f"{len(losses)} steps, {len(errors)} placements ({', '.join(WAYS)}) of 2 and 4 workers{kind}; range over them"
+        note = f"{len(losses)} steps, {len(errors)} placements ({', '.join(ways)}) of 2 and 4 workers{kind}; range over them"
         metric = given.recipe.metric
         return [
             Row(f"exactness/{name}", "relative_error", max(errors), min(errors), max(errors), bar=1e-5, at_most=True,

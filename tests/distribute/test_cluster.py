@@ -1,7 +1,9 @@
 """Workers on a Ray cluster: the same training, also when one is killed or a machine is lost; what is wrong is said at once."""
 
 import signal
+import sys
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -13,9 +15,10 @@ from pennyweight.distribute import cluster
 from pennyweight.distribute.launch import Many
 from tests.distribute.test_launch import LONGER, RECIPE, Heard, alone, at, model, same, signalled, together
 
-ray = pytest.importorskip("ray", reason="no Ray here: pip install 'pennyweight[ray]'")
+needs_ray = pytest.mark.skipif(find_spec("ray") is None, reason="no Ray here: pip install 'pennyweight[ray]'")
 
 
+@needs_ray
 @pytest.mark.slow
 def test_ray_starts_the_workers_and_starts_them_again(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     spec, many = model("deepfm", folder), Many(2, "row", every=5, cluster="local")
@@ -35,6 +38,7 @@ def two() -> Iterator[tuple[str, object, object]]:
     made.shutdown()
 
 
+@needs_ray
 @pytest.mark.slow
 def test_a_lost_machine_leaves_the_rest_to_go_on(
     two: tuple[str, object, object], folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -48,6 +52,7 @@ def test_a_lost_machine_leaves_the_rest_to_go_on(
     assert done[2].steps["workers"] == 1
 
 
+@needs_ray
 @pytest.mark.slow
 def test_more_workers_than_processors_are_refused_at_once(
     folder: Path, tmp_path: Path, two: tuple[str, object, object]
@@ -58,6 +63,7 @@ def test_more_workers_than_processors_are_refused_at_once(
         together(model("deepfm", folder), folder, RECIPE, tmp_path, many)
 
 
+@needs_ray
 @pytest.mark.slow
 def test_no_cluster_there_is_one_error(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
@@ -81,6 +87,6 @@ def test_a_cluster_named_wrongly_is_one_error(words: list[str], said: str, folde
 
 
 def test_without_ray_the_error_names_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(__import__("sys").modules, "ray", None)
+    monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(ConfigError, match="pennyweight"):
         cluster.run(Many(2, cluster="auto"), 1, "", "")
