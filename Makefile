@@ -7,7 +7,7 @@ EXTRAS := serve,report,onnx,index,keras,bench,test
 ONE := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 .DEFAULT_GOAL := help
 .SUFFIXES:
-.PHONY: help env demo test lint format type docs bench fuzz test-browser test-slow gpu-check browser-example image-check cluster-demo clean
+.PHONY: help env demo test lint format type docs bench fuzz test-browser test-slow gpu-check browser-example image-check cluster-demo cluster-serve-demo clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z%-]+:.*## /{printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -78,6 +78,13 @@ image-check: .venv/stamp ## run the Dockerfile in a fresh Debian root and ask it
 
 cluster-demo: .venv/stamp ## two hosts in network namespaces train one model, a worker is killed (root, iproute2)
 	$(BIN)/python deploy/clusterdemo.py $(ARGS)
+
+.venv/ray: .venv/stamp
+	$(BIN)/python -m venv .venv/ray
+	.venv/ray/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[ray-serve]'
+
+cluster-serve-demo: .venv/ray | runs/demo/best ## two replicas under Ray Serve, our rule between them, one is killed
+	.venv/ray/bin/python deploy/servedemo.py runs/demo/best $(ARGS)
 
 gpu-check: .venv/stamp ## build, check and time all that needs a GPU; without one, say what is skipped
 	$(BIN)/python -m benchmarks.gpu $(ARGS)

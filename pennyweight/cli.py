@@ -665,11 +665,19 @@ def serve(
         typer.Option(help="Processes that score: one a core or GPU by default; 0 scores in this one.", min=0, max=256),
     ] = None,
     spares: Annotated[int, typer.Option(help="Processes more that take the place of one that died.", min=0, max=16)] = 1,
+    cluster: Annotated[
+        str, typer.Option(help="A Ray cluster to serve on, by --workers replicas: ray://HOST:PORT, auto, or local to try it.")
+    ] = "",
     allow: Allow = [],  # noqa: B006
 ) -> None:
     """Serve recommendations over HTTP, with a page at /."""
     import asyncio
 
+    if cluster and not get:
+        from pennyweight.serve import replicas
+
+        replicas.run(bundle, cluster, host, port, store, tuple(allow), workers or 2)
+        return
     from pennyweight.serve import app as server
 
     if not get:

@@ -55,7 +55,7 @@ from pennyweight.serve.engine import Engine
 from pennyweight.serve.metrics import Metrics
 from pennyweight.serve.openapi import Route, document
 from pennyweight.serve.pool import Pool
-from pennyweight.serve.reply import Reply, failed, headers, problem
+from pennyweight.serve.reply import Reply, failed, fields, problem
 from pennyweight.serve.service import Service
 from pennyweight.serve.wire import Connection, connections
 
@@ -387,7 +387,7 @@ def _listen(host: str, port: int) -> socket.socket:
 
 async def _send(reply: Reply, send: Send, head: bool = False) -> None:
     size = (b"content-length", b"%d" % len(reply.body))
-    await send({"type": "http.response.start", "status": reply.status, "headers": [size, *headers(reply.kind, reply.headers)]})
+    await send({"type": "http.response.start", "status": reply.status, "headers": [size, *fields(reply.kind, reply.headers)]})
     await send({"type": "http.response.body", "body": b"" if head else reply.body})
 
 

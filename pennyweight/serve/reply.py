@@ -26,7 +26,7 @@ class Reply(msgspec.Struct, frozen=True):
 
 
 @functools.lru_cache(256)
-def headers(kind: str, more: tuple[tuple[str, str], ...]) -> list[tuple[bytes, bytes]]:
+def fields(kind: str, more: tuple[tuple[str, str], ...]) -> list[tuple[bytes, bytes]]:
     """What stands before an answer, but for its length."""
     every = [("content-type", kind), ("cache-control", "no-cache"), ("x-content-type-options", "nosniff"), *more]
     return [(k.encode(), v.encode()) for k, v in every]

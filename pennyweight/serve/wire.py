@@ -24,7 +24,7 @@ from uvicorn.server import ServerState
 
 from pennyweight.core.errors import RequestError, TooLarge
 from pennyweight.serve.alarm import Alarm
-from pennyweight.serve.reply import Reply, failed, headers, problem
+from pennyweight.serve.reply import Reply, failed, fields, problem
 
 HEAD_S = 10.0
 """Seconds a client has for a request's head, from the connection or from the head's first byte."""
@@ -324,7 +324,7 @@ def _target(url: bytes) -> tuple[str, bytes]:
 @functools.lru_cache(256)
 def _head(status: int, kind: str, more: tuple[tuple[str, str], ...]) -> bytes:
     line = f"HTTP/1.1 {status} {http.HTTPStatus(status).phrase}\r\n"
-    return line.encode() + b"".join(b"%s: %s\r\n" % pair for pair in headers(kind, more))
+    return line.encode() + b"".join(b"%s: %s\r\n" % pair for pair in fields(kind, more))
 
 
 _date: tuple[object, bytes] = (None, b"")

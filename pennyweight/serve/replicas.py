@@ -1,0 +1,163 @@
+"""This service on several machines: replicas of it under Ray Serve, and our rule for which of them gets a request.
+
+A replica is the ASGI application in a process of its own, with a scheduler that predicts what is inside and how long one more
+request would take; ten times a second it tells both, and ``Balanced`` sends each request by Prequal's rule over those seconds
+(``schedule/balance``), in place of Ray Serve's power of two choices over how many requests there are. Placing replicas,
+starting lost ones again and the HTTP proxy on each machine are Ray's. What is refused, a replica refuses, so the proxies pass
+on as many as come. A request whose replica dies is lost there (Ray answers 500): the front of one machine (``serve/pool``)
+loses none, and is faster; this is for more machines than one.
+
+Who asks for events to be kept gives ``store`` a server (Valkey): replicas do not see each other's files.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from pennyweight.core.errors import ConfigError, DeviceError
+from pennyweight.schedule.balance import HotCold, Probe
+from pennyweight.serve.app import App
+
+try:
+    import ray
+    from ray import serve
+    from ray.serve.config import HTTPOptions, RequestRouterConfig
+    from ray.serve.request_router import FIFOMixin, PendingRequest, RequestRouter, RunningReplica
+except ImportError as error:
+    raise ConfigError("serving on a cluster needs Ray Serve: pip install 'pennyweight[ray-serve]'") from error
+
+USUAL = 100
+"""Items of the request whose time a replica tells."""
+TOLD_S = 0.1
+"""Seconds between two probes of a replica."""
+_here: list[App] = []
+
+
+class Balanced(FIFOMixin, RequestRouter):  # type: ignore[misc]
+    """Which replica gets a request: Prequal's rule over what replicas predict of themselves."""
+
+    def initialize_state(self, seed: int = 0) -> None:
+        """Called by Ray Serve, once."""
+        self.seed, self.rule, self.told = seed, HotCold([], seed), {}
+
+    async def choose_replicas(
+        self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None
+    ) -> list[list[RunningReplica]]:
+        """The best one first, then the others, should it not take the request."""
+        replicas = {str(r.replica_id): r for r in candidate_replicas}
+        if not replicas:
+            return []
+        if set(self.rule.nodes) != set(replicas):
+            self.rule, self.told = HotCold(list(replicas), self.seed), {}
+        now = time.monotonic()
+        usual = []
+        for name, replica in replicas.items():
+            stats = replica.routing_stats
+            if not stats:
+                continue
+            usual.append(stats["answer_s"] - stats["inside_s"])
+            if self.told.get(name) != stats["count"]:  # a new one: on this clock, since machines' clocks differ
+                self.told[name] = stats["count"]
+                self.rule.heard(Probe(name, stats["inside_s"], stats["answer_s"], now))
+        best = self.rule.pick(sum(usual) / len(usual) if usual else 0.0, now)
+        return [[replicas.pop(best)], list(replicas.values())] if len(replicas) > 1 else [[replicas[best]]]
+
+
+class Replica:
+    """What Ray Serve keeps of a replica beside its application."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def record_routing_stats(self) -> dict[str, float]:
+        """Seconds of work inside, and until a usual request would be answered; which probe this is."""
+        self.count += 1
+        if not _here:
+            return {}
+        scheduler = _here[0].service.engine.scheduler
+        inside = scheduler.drain
+        return {"inside_s": inside, "answer_s": inside + scheduler.usual(USUAL), "count": self.count}
+
+
+def application(bundle: str | Path, replicas: int, store: str = "", allow: Sequence[str] = ()) -> Any:
+    """The service as an application of Ray Serve."""
+    path, names = Path(bundle).absolute(), tuple(allow)
+
+    def build() -> App:
+        made = App.open(path, store or None, names)
+        _here[:] = [made]
+        return made
+
+    deployment = serve.deployment(
+        name="pennyweight",
+        num_replicas=replicas,
+        max_ongoing_requests=10_000,
+        ray_actor_options={"num_cpus": 1},
+        request_router_config=RequestRouterConfig(
+            request_router_class=f"{__name__}.{Balanced.__name__}", request_routing_stats_period_s=TOLD_S
+        ),
+    )(serve.ingress(build)(Replica))
+    return deployment.bind()
+
+
+def run(
+    bundle: str | Path,
+    address: str,
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    store: str = "",
+    allow: Sequence[str] = (),
+    replicas: int = 2,
+) -> None:
+    """Serve a bundle on a Ray cluster until Ctrl-C; a proxy on each machine listens.
+
+    Args:
+        bundle: its folder, the same path on all machines.
+        address: ``auto`` (this machine is part of a cluster), ``ray://HOST:PORT``, or ``local`` for a cluster of this machine.
+        host: an address to listen on.
+        port: where.
+        store: the event log.
+        allow: import paths of factories that may be loaded.
+        replicas: how many; each takes a CPU.
+
+    Raises:
+        ConfigError: no such kind of address.
+        DeviceError: the cluster is not reached, or the replicas do not start.
+    """
+    stop = threading.Event()
+    with connected(address, replicas):
+        serve.start(http_options=HTTPOptions(host=host, port=port))
+        try:
+            serve.run(application(bundle, replicas, store, allow), route_prefix="/")
+        except RuntimeError as error:
+            raise DeviceError(f"the replicas did not start: {str(error).strip().splitlines()[-1][:300]}") from error
+        print(f"{bundle} is served by {replicas} replicas on http://{host}:{port} (Ctrl-C stops)", flush=True)
+        try:
+            stop.wait()
+        except KeyboardInterrupt:
+            pass
+        finally:
+            serve.shutdown()
+
+
+@contextlib.contextmanager
+def connected(address: str, replicas: int) -> Iterator[None]:
+    """A connection to a cluster, in a ``with``; a cluster of this machine where ``local`` asks for one."""
+    if address not in ("auto", "local") and not address.startswith("ray://"):
+        raise ConfigError(f"cluster {address!r} is not ray://HOST:PORT, auto or local")
+    path = os.pathsep.join(filter(None, (os.getcwd(), os.environ.get("PYTHONPATH", ""))))
+    here = {"num_cpus": replicas + 1, "include_dashboard": False} if address == "local" else {"address": address}
+    try:
+        ray.init(log_to_driver=False, logging_level="ERROR", runtime_env={"env_vars": {"PYTHONPATH": path}}, **here)
+    except (ConnectionError, RuntimeError, TimeoutError, ValueError, ImportError) as error:
+        raise DeviceError(f"the Ray cluster at {address} is not reached: {str(error).splitlines()[0]}") from error
+    try:
+        yield
+    finally:
+        ray.shutdown()
