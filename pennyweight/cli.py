@@ -109,6 +109,10 @@ def train(
     tables: Annotated[
         str, typer.Option(help="dense: all rows at each step; adagrad, lazy-adam or sgd: the batch's; auto: by their size.")
     ] = "dense",
+    rows: Annotated[
+        str,
+        typer.Option(help="fp32, or int8: a byte a number of tables while they are trained by touched rows, and afterwards."),
+    ] = "fp32",
     precision: Annotated[str, typer.Option(help="Of the dense layers' products while training: fp32 or bf16.")] = "fp32",
     epochs: Annotated[int, typer.Option(help="Epochs at most; training stops early.")] = 50,
     embedding_l2: Annotated[float, typer.Option(help="L2 on embedding tables.")] = 0.05,
@@ -158,7 +162,7 @@ def train(
         raise ConfigError(f"--batch is {batch!r}; give a number of rows, or auto")
     settings = {
         "loss": loss, "lr": lr, "batch": 4096 if batch == "auto" else int(batch), "epochs": epochs,
-        "embedding_l2": embedding_l2, "metric": metric, "tables": tables, "precision": precision,
+        "embedding_l2": embedding_l2, "metric": metric, "tables": tables, "rows": rows, "precision": precision,
     }  # fmt: skip
     recipe = decode(Recipe, settings, "train")
     given = loads(dict, args, "--args") if ":" in model else _model_args(model, dim, hidden, dropout)

@@ -30,7 +30,7 @@ from pennyweight.data.dataset import Dataset, How, Split
 from pennyweight.data.events import EventLog
 from pennyweight.distribute import launch
 from pennyweight.distribute.launch import Many
-from pennyweight.model import ranking, retrieval, sequential
+from pennyweight.model import ranking, retrieval, sequential, sparse
 from pennyweight.model.bundle import Bundle, load, save
 from pennyweight.model.cascade import Cascade
 from pennyweight.model.pace import Pace, search
@@ -150,7 +150,8 @@ def trained(
     fitted = fit(module, parts.train, parts.valid, recipe, inputs=spec.inputs, seed=seed, checkpoint=checkpoint, progress=watch)
     if checkpoint is not None and fitted.stopped != "interrupted":
         checkpoint.unlink(missing_ok=True)
-    return Model.of(module, spec), fitted
+    made = {path: layer for path, layer in sparse.layers(module).items() if path not in spec.layers}
+    return Model.of(module, spec.with_layers(made)), fitted
 
 
 def cascade(retriever: Model, ranker: Model) -> Model:

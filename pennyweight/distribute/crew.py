@@ -86,6 +86,7 @@ class Crew:
         fills: how tables that lie on no device are filled.
         lean: nothing is held twice: checkpoints are written from where the weights lie, and the best weights lie on disk.
         wires: between the workers, for as many replicas, if they are there already.
+        int8: tables become packed ones, whose rows are rounded as they are trained.
 
     Raises:
         ConfigError: the placement is for another number of workers, or cuts what cannot be.
@@ -103,6 +104,7 @@ class Crew:
         fills: Mapping[int, Fill] | None = None,
         lean: bool = False,
         wires: Wires | None = None,
+        int8: bool = False,
     ) -> None:
         self.rank, self.size, self.every, self.lean = dist.get_rank(), dist.get_world_size(), every, lean
         if placement.world_size != self.size:
@@ -119,9 +121,11 @@ class Crew:
             wire.codec, wire.generator = Codec(traffic), self.generator
         self.held = shard.held(module, placement, self.near.rank)
         shard.cut(self.held, fills or {})
+        packed = shard.pack(module, self.held) if int8 else {}
         of = {id(h.module): h for h in self.held}
         modules = module.named_modules(remove_duplicate=False)
         self.names: dict[str, Held | wide.Part] = {f"{path}.weight": of[id(m)] for path, m in modules if id(m) in of}
+        self.names |= packed
         self.wide = wide.cut(module, placement, self.near.rank)
         self.wide |= pipe.cut(module, placement, self.near.rank)
         self.names |= self.wide
@@ -170,7 +174,7 @@ class Crew:
     def expect(self, params: Sequence[nn.Parameter]) -> None:
         """Listen for the gradients of dense layers."""
         if self.buckets is None:
-            apart = {id(h.module.weight) for h in self.held} | {id(part.parameter) for part in self.wide.values()}
+            apart = {id(h.parameter) for h in self.held} | {id(part.parameter) for part in self.wide.values()}
             self.buckets = Buckets([p for p in params if id(p) not in apart], self.world)
         self.buckets.begin()
 
@@ -186,7 +190,7 @@ class Crew:
     def norm(self, whole: Sequence[Tensor]) -> float:
         """The norm of all gradients; ``whole`` may hold blocks of cut tables, which are told apart."""
         blocks = [part.parameter.grad for part in self.wide.values() if part.parameter.grad is not None]
-        apart = {id(h.module.weight.grad) for h in self.held} | set(map(id, blocks))
+        apart = {id(h.parameter.grad) for h in self.held if h.parameter is not None} | set(map(id, blocks))
         mine, same = self.cut.squares()
         mine = mine + sum(g.square().sum() for g in blocks)
         self.near.sum(mine, "norms")

@@ -116,7 +116,7 @@ def train(
     state, notes = checkpoint.whole(folder / "fitted")
     fitted = loads(Fit, notes["fit"], "fit")
     weights = {k.removeprefix("module."): v for k, v in state.items()}
-    return Model(job.spec, weights), Told(fitted, json.loads(notes["steps"]))
+    return Model(loads(Spec, notes["spec"], "spec"), weights), Told(fitted, json.loads(notes["steps"]))
 
 
 class _Starts(DefaultLogsSpecs):

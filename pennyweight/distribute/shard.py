@@ -22,7 +22,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, cast
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -31,10 +31,12 @@ from torch import Tensor, nn
 from pennyweight.core.errors import ConfigError
 from pennyweight.data.schema import PAD
 from pennyweight.distribute.blocks import Fill
+from pennyweight.distribute.wide import Part
 from pennyweight.distribute.wire import Wire
 from pennyweight.model import layers, sparse, tables
 from pennyweight.model.placement import Piece, Placement, Shard
 from pennyweight.model.spec import Batch
+from pennyweight.model.tables import RowwiseTable
 
 Found = tuple[Tensor, Tensor]
 """Distinct ids, rising, and a row for each."""
@@ -45,7 +47,7 @@ class Held:
     """One table and what this worker has of it."""
 
     path: str
-    module: nn.Embedding | nn.EmbeddingBag
+    module: nn.Embedding | nn.EmbeddingBag | RowwiseTable
     shard: Shard | None
     rank: int
     stash: list[Found] = dataclasses.field(default_factory=list)
@@ -63,9 +65,21 @@ class Held:
         return self.module.num_embeddings, self.module.embedding_dim
 
     @property
+    def parameter(self) -> nn.Parameter | None:
+        """What this worker holds, as the module's weight; None of packed rows."""
+        return None if isinstance(self.module, RowwiseTable) else self.module.weight
+
+    @property
     def weight(self) -> Tensor:
-        """What this worker holds."""
-        return self.module.weight
+        """What this worker holds of a table that is not packed."""
+        assert self.parameter is not None
+        return self.parameter
+
+    def rows(self, ids: Tensor) -> Tensor:
+        """These rows of what this worker holds, fp32."""
+        if isinstance(self.module, RowwiseTable):
+            return self.module.look(ids, self.module.form())
+        return self.weight.detach().index_select(0, ids)
 
     @functools.cached_property
     def pieces(self) -> tuple[Piece, ...]:
@@ -129,6 +143,26 @@ def cut(held: Sequence[Held], fills: Mapping[int, Fill]) -> None:
             each.module.weight = nn.Parameter(each.weight.detach()[r0:r1, c0:c1].clone())
 
 
+def pack(module: nn.Module, held: Sequence[Held]) -> dict[str, Part]:
+    """Make packed int8 tables of what this worker holds of each; their rows by the names of buffers.
+
+    Raises:
+        ConfigError: a table is cut by columns.
+    """
+    found = {}
+    for each in held:
+        if each.shard is not None and each.shard.blocks[1] > 1:
+            raise ConfigError(f"int8 rows are whole, and {each.path} is cut by columns; cut it by rows, or train rows in fp32")
+        assert not isinstance(each.module, RowwiseTable)
+        made = sparse.packed(each.module, each.weight)
+        sparse.put(module, each.module, made)
+        each.module = made
+        width = made.packed.shape[1]
+        piece = Piece(each.rank, each.mine.rows, (0, width))
+        found[f"{each.path}.packed"] = Part((each.shape[0], width), piece, each.shard and "row", made.packed)
+    return found
+
+
 class Cut:
     """The tables of a module while workers train it, in the place of ``model.sparse.Sparse``.
 
@@ -147,7 +181,7 @@ class Cut:
     ) -> None:
         self.held, self.kind, self.near, self.across, self.world = held, kind, near, across, world
         self.module = module
-        self.matrices: dict[str, sparse.Matrix] = {}
+        self.matrices: dict[str, sparse.Rows] = {}
         if kind != "dense":
             narrow = [h.path for h in held if h.shard is not None and h.shard.blocks[1] > 1]
             if kind == "adagrad" and narrow:
@@ -155,7 +189,7 @@ class Cut:
                     f"row-wise adagrad needs whole rows, and {narrow[0]} is cut by columns; cut it by rows, or train tables as "
                     "lazy-adam or dense"
                 )
-            self.matrices = {h.path: sparse.Matrix([h.module], kind, l2) for h in held}
+            self.matrices = {h.path: _trainer(h, kind, l2) for h in held}
         self.of = {id(h.module): h for h in held}
         self.anchor = torch.zeros((), requires_grad=True)
         self.lookups = [m for m in module.modules() if isinstance(m, layers.Lookup)]
@@ -167,19 +201,20 @@ class Cut:
     @property
     def parameters(self) -> list[nn.Parameter]:
         """The weights that are trained here and not by an optimizer."""
-        return [] if self.kind == "dense" else [h.module.get_parameter("weight") for h in self.held]
+        return [] if self.kind == "dense" else [h.parameter for h in self.held if h.parameter is not None]
 
     def clear(self) -> None:
         """Forget the gradients and the rows of a batch."""
         for each in self.held:
             each.stash, each.fetched, each.asked, each.touched = [], None, [], None
-            each.module.weight.grad = None
+            if each.parameter is not None:
+                each.parameter.grad = None
 
     @torch.no_grad()
     def gather(self) -> Iterator[Tensor]:
         """Bring the gradients of a batch to who holds the rows; they are summed by row, a table at a time."""
         parted = [h for h in self.held if h.fetched is not None]
-        used = [h for h in self.held if h.shard is None and (h.stash or h.module.weight.grad is not None)]
+        used = [h for h in self.held if h.shard is None and (h.stash or _gradient(h) is not None)]
         found = self._pushed(parted)
         if self.across.size > 1:
             found = _spread(parted, found, self.across)
@@ -194,7 +229,7 @@ class Cut:
 
     def _read(self, each: Held, found: Found) -> Found:
         """The sums of a whole table's rows, and what reading its weight as a matrix adds to all of them."""
-        gradient = each.module.weight.grad
+        gradient = _gradient(each)
         if gradient is None:
             return found
         self.world.sum(gradient, "gradients")
@@ -261,7 +296,7 @@ class Cut:
         learning = self.module.training and torch.is_grad_enabled()
         found = []
         for (each, ids), own, (rows, place) in zip(asked, flat, sources, strict=True):
-            looked = _Looked.apply(self.anchor, rows, place, own, each.stash) if learning else F.embedding(place, rows)  # type: ignore[no-untyped-call]
+            looked = sparse.Looked.apply(self.anchor, rows, place, own, each.stash) if learning else F.embedding(place, rows)  # type: ignore[no-untyped-call]
             found.append(looked.view(*ids.shape, each.shape[1]))
         return found
 
@@ -276,7 +311,10 @@ class Cut:
             self._fetch([(h, torch.unique(torch.cat(apart[h.path]))) for h in wanted])
         sources = []
         for each, ids in zip(asked, flat, strict=True):
-            if each.fetched is None:
+            if each.fetched is None and each.parameter is None:
+                distinct, place = torch.unique(ids, return_inverse=True)
+                sources.append((each.rows(distinct), place))
+            elif each.fetched is None:
                 sources.append((each.weight.detach(), ids))
             else:
                 sources.append((each.fetched[1], torch.searchsorted(each.fetched[0], ids)))
@@ -296,7 +334,7 @@ class Cut:
             missing.append((each, ids))
         route = _Route(missing, self.near)
         asked = route.ids()
-        answer = [each.weight.detach().index_select(0, ids) for each, ids in asked]
+        answer = [each.rows(ids) for each, ids in asked]
         rows = route.back(answer)
         if self.module.training:
             for j, (each, ids) in enumerate(asked):
@@ -335,18 +373,16 @@ class Cut:
         ]
 
 
-class _Looked(torch.autograd.Function):
-    """Rows by place; the gradient is put aside with the ids, for nobody here holds the table."""
+def _trainer(each: Held, kind: str, l2: float) -> sparse.Rows:
+    """Who moves a table's rows."""
+    if isinstance(each.module, RowwiseTable):
+        return sparse.Rounded(each.module, kind, l2, each.path, each.mine.rows[0])
+    return sparse.Matrix([each.module], kind, l2)
 
-    @staticmethod
-    def forward(ctx: Any, anchor: Tensor, rows: Tensor, place: Tensor, ids: Tensor, stash: list[Found]) -> Tensor:
-        ctx.ids, ctx.stash = ids, stash
-        return F.embedding(place, rows)
 
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[None, ...]:
-        ctx.stash.append((ctx.ids, gradients[0].reshape(len(ctx.ids), -1)))
-        return None, None, None, None, None
+def _gradient(each: Held) -> Tensor | None:
+    """Of a weight that was read as a matrix."""
+    return None if each.parameter is None else each.parameter.grad
 
 
 class _Route:

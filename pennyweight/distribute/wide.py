@@ -29,13 +29,14 @@ from pennyweight.model.placement import Cut, Piece, Placement, span
 
 @dataclasses.dataclass(eq=False)
 class Part:
-    """A worker's block of a layer's weight or bias."""
+    """A worker's block of a layer's weight or bias, or of a table's packed rows."""
 
     shape: tuple[int, ...]
     """Of the whole."""
     mine: Piece
-    shard: Cut
-    parameter: nn.Parameter
+    shard: Cut | None
+    """None: all of it, on every worker."""
+    parameter: Tensor
 
 
 def cut(module: nn.Module, placement: Placement, rank: int) -> dict[str, Part]:

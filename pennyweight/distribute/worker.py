@@ -45,7 +45,7 @@ from pennyweight.distribute.blocks import apart, built
 from pennyweight.distribute.codec import Kind
 from pennyweight.distribute.crew import Crew, Wires
 from pennyweight.distribute.wire import Lost, between
-from pennyweight.model import bundle, train  # noqa: F401  (bundle registers the layers a spec may name)
+from pennyweight.model import bundle, sparse, train  # noqa: F401  (bundle registers the layers a spec may name)
 from pennyweight.model.placement import Placement
 from pennyweight.model.spec import Spec
 from pennyweight.model.train import EpochLog, Progress, Recipe
@@ -187,6 +187,7 @@ def _work(home: Path, job: Job) -> None:
     crew = Crew(
         module, _placed(job, module, replicas), every=job.many.every, timeout=wait, balance=job.many.balance,
         traffic=job.many.traffic, fills=fills, lean=job.many.memory_bytes > 0, wires=wires,
+        int8=job.recipe.rows == "int8",
     )  # fmt: skip
     train.TICK_S = job.many.tick_s
     with _stopping(home), open(home / "progress.jsonl", "a", buffering=1) as told:
@@ -203,7 +204,9 @@ def _work(home: Path, job: Job) -> None:
     crew.close()
     shelf = checkpoint.Folder(home / "fitted", crew.names, crew.side, lean=True)
     state = {f"module.{k}": v for k, v in module.state_dict().items()}
-    shelf.save(state, {"fit": dumps(fitted), "steps": dumps(_counted(crew))})
+    made = {path: layer for path, layer in sparse.layers(module).items() if path not in job.spec.layers}
+    spec = dumps(job.spec.with_layers(made))
+    shelf.save(state, {"fit": dumps(fitted), "steps": dumps(_counted(crew)), "spec": spec})
     if not checkpoint.newest(home / "fitted"):
         raise StorageError(f"the trained model could not be written to {home}; free some room and start again")
     dist.barrier()

@@ -21,6 +21,12 @@ What becomes of a row that a batch does not touch:
 ``embedding_l2`` is added to the gradient of the rows a batch touches, once a step, and not made up for steps a row was
 missing from: rare rows are regularized less than when all rows are visited. The padding row gets no gradient.
 
+``int8`` rows are a byte a number and eight a row (FBGEMM's format, as bundles have it) while they are trained too: a touched
+row is read to fp32, moved, and written back rounded up or down by chance, in proportion to how near each is, so that steps
+smaller than a level are not lost (Gupta et al. 2015; Zhang et al. 2018 for embeddings). The chance is drawn by row, column and
+step, not from a stream: a row is rounded alike whoever holds it and whatever else a batch touches. The module then has packed
+tables for good, of a quarter of the bytes.
+
 Tables are plain ``nn.Embedding`` and ``nn.EmbeddingBag`` (sum, mean) in fp32, inside shared tables too; codebooks and
 bags of the maximum are trained with the dense layers. Where a model reads a table's weight as a matrix, its gradient is
 as large as the table, and every row counts as touched.
@@ -28,8 +34,11 @@ as large as the table, and every row counts as touched.
 
 from __future__ import annotations
 
+import abc
+import dataclasses
 import itertools
 import math
+import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -39,17 +48,136 @@ from torch import Tensor, nn
 
 from pennyweight.core import memory
 from pennyweight.model.layers import Embeddings
-from pennyweight.model.spec import Batch
-from pennyweight.model.tables import Table
+from pennyweight.model.spec import Batch, replace
+from pennyweight.model.tables import RowwiseTable, Table, joined
 
 LARGE = 1 << 24
 """Numbers in all tables from which ``auto`` visits only touched rows: below, all rows at once cost a few milliseconds."""
+TINY = 1e-30
+"""Below any scale of a row that is not all one number."""
 EPS = 1e-10
 """Of Adagrad, as in PyTorch's."""
 BETAS, ADAM_EPS = (0.9, 0.999), 1e-8
 
 
-class Matrix:
+class Rows(abc.ABC):
+    """Rows, and what an optimizer remembers of them.
+
+    Args:
+        n: how many.
+        dim: numbers in each.
+        kind: ``adagrad``, ``lazy-adam`` or ``sgd``.
+        l2: on touched rows.
+    """
+
+    def __init__(self, n: int, dim: int, kind: str, l2: float) -> None:
+        self.l2, self.kind, self.steps = l2, kind, 0
+        kept: Mapping[str, Mapping[str, tuple[int, ...]]]
+        kept = {"adagrad": {"squares": (n,)}, "lazy-adam": {"first": (n, dim), "second": (n, dim)}, "sgd": {}}
+        self.kept = {name: torch.zeros(shape) for name, shape in kept[kind].items()}
+        self.touched: tuple[Tensor, Tensor] | None = None
+
+    @abc.abstractmethod
+    def clear(self) -> None:
+        """Forget the gradients."""
+
+    @abc.abstractmethod
+    def gather(self) -> None:
+        """From the gradients of a batch to the rows it touched, rising, and the sum of each one's gradients."""
+
+    @abc.abstractmethod
+    def read(self, rows: Tensor) -> Tensor:
+        """These rows, fp32 [n, dim]."""
+
+    @abc.abstractmethod
+    def move(self, rows: Tensor, by: Tensor) -> None:
+        """Add to these rows, each of which is there once."""
+
+    def step(self, lr: float, scale: float = 1.0) -> None:
+        """Move the touched rows along their gradients, times ``scale``."""
+        self.steps += 1
+        if self.touched is None:
+            return
+        rows, sums = self.touched
+        if scale != 1.0:
+            sums = sums * scale
+        if self.l2:
+            sums = sums.add_(self.read(rows), alpha=self.l2)
+        by: Mapping[str, Callable[[Tensor, Tensor, float], Tensor]]
+        by = {"adagrad": self._adagrad, "lazy-adam": self._adam, "sgd": lambda _, g, lr: g * -lr}
+        self.move(rows, by[self.kind](rows, sums, lr))
+
+    def _adagrad(self, rows: Tensor, sums: Tensor, lr: float) -> Tensor:
+        held = self.kept["squares"]
+        squares = held.index_select(0, rows).add_(torch.linalg.vecdot(sums, sums), alpha=1 / sums.shape[1])
+        held.index_copy_(0, rows, squares)
+        return sums * squares.sqrt_().add_(EPS).reciprocal_().mul_(-lr).unsqueeze(1)
+
+    def _adam(self, rows: Tensor, sums: Tensor, lr: float) -> Tensor:
+        (a, b), first, second = BETAS, self.kept["first"], self.kept["second"]
+        m = first.index_select(0, rows).lerp_(sums, 1 - a)
+        v = second.index_select(0, rows).mul_(b).addcmul_(sums, sums, value=1 - b)
+        first.index_copy_(0, rows, m)
+        second.index_copy_(0, rows, v)
+        below = v.sqrt_().div_(math.sqrt(1 - b**self.steps)).add_(ADAM_EPS)
+        return m.div_(below).mul_(-lr / (1 - a**self.steps))
+
+
+class Rounded(Rows):
+    """The rows of a packed int8 table.
+
+    Args:
+        table: whose rows; among workers its part of them.
+        kind: ``adagrad``, ``lazy-adam`` or ``sgd``.
+        l2: on touched rows.
+        name: of the table, which rounds it otherwise than the next.
+        first: the place of the part's first row in the whole.
+    """
+
+    def __init__(self, table: RowwiseTable, kind: str, l2: float, name: str, first: int = 0) -> None:
+        super().__init__(len(table.packed), table.embedding_dim, kind, l2)
+        self.table, self.first, self.salt = table, first, zlib.crc32(name.encode())
+        self.stash: list[tuple[Tensor, Tensor]] = []
+        """Ids that were looked up in this step and the gradients of their rows, as they came."""
+        self.anchor = torch.zeros((), requires_grad=True)
+
+    def clear(self) -> None:
+        """Forget the gradients."""
+        self.touched = None
+        self.stash.clear()
+
+    def look(self, ids: Tensor, offsets: Tensor | None = None, weights: Tensor | None = None) -> Tensor:
+        """What the table answers, its gradients put aside."""
+        table = self.table
+        if not (table.training and torch.is_grad_enabled()):
+            return RowwiseTable.forward(table, ids, offsets, weights)
+        flat = ids.reshape(-1)
+        rows: Tensor = Looked.apply(self.anchor, self.read(flat), None, flat, self.stash)  # type: ignore[no-untyped-call]
+        if table.layer.bag is None:
+            return rows.view(*ids.shape, table.embedding_dim)
+        return joined(table.layer, ids, rows, offsets, weights)
+
+    def gather(self) -> None:
+        """From the gradients of a batch to the rows it touched, rising, and the sum of each one's gradients."""
+        if not self.stash:
+            return
+        ids, gradients = (torch.cat(part) for part in zip(*self.stash, strict=True))
+        rows, sums = summed(ids, gradients)
+        if self.table.padding_idx is not None:
+            sums[rows == self.table.padding_idx] = 0
+        self.touched = rows, sums
+
+    def read(self, rows: Tensor) -> Tensor:
+        """These rows, fp32 [n, dim]."""
+        return self.table.look(rows, self.table.form())
+
+    def move(self, rows: Tensor, by: Tensor) -> None:
+        """Add to these rows and round by chance."""
+        chance = _chance(rows + self.first, by.shape[1], self.steps, self.salt)
+        self.table.write(rows, rounded(self.read(rows).add_(by), chance))
+
+
+class Matrix(Rows):
     """Tables of one width end to end, and what an optimizer remembers of their rows.
 
     Args:
@@ -61,15 +189,10 @@ class Matrix:
     def __init__(self, tables: Sequence[nn.Module], kind: str, l2: float) -> None:
         weights = [t.get_parameter("weight") for t in tables]
         self.rows = nn.Parameter(_joined(weights))
-        self.l2, self.kind, self.steps = l2, kind, 0
-        n, dim = self.rows.shape
-        kept: Mapping[str, Mapping[str, tuple[int, ...]]]
-        kept = {"adagrad": {"squares": (n,)}, "lazy-adam": {"first": (n, dim), "second": (n, dim)}, "sgd": {}}
-        self.kept = {name: torch.zeros(shape) for name, shape in kept[kind].items()}
+        super().__init__(*self.rows.shape, kind, l2)
         self.sources: list[tuple[nn.Parameter, int]] = [(self.rows, 0), *zip(weights, map(_start, weights), strict=True)]
         padded = [_start(w) + t.padding_idx for w, t in zip(weights, tables, strict=True) if t.padding_idx is not None]  # type: ignore[operator]
         self.padding = torch.tensor(sorted(padded), dtype=torch.int64)
-        self.touched: tuple[Tensor, Tensor] | None = None
 
     def clear(self) -> None:
         """Forget the gradients."""
@@ -89,44 +212,27 @@ class Matrix:
             sums.index_fill_(0, place[rows[place] == self.padding], 0.0)
         self.touched = rows, sums
 
-    def step(self, lr: float, scale: float = 1.0) -> None:
-        """Move the touched rows along their gradients, times ``scale``."""
-        self.steps += 1
-        if self.touched is None:
-            return
-        rows, sums = self.touched
-        if scale != 1.0:
-            sums = sums * scale
-        if self.l2:
-            sums = sums.add_(self.rows.index_select(0, rows), alpha=self.l2)
-        by: Mapping[str, Callable[[Tensor, Tensor, float], Tensor]]
-        by = {"adagrad": self._adagrad, "lazy-adam": self._adam, "sgd": lambda _, g, lr: g * -lr}
-        self.rows.index_add_(0, rows, by[self.kind](rows, sums, lr))
+    def read(self, rows: Tensor) -> Tensor:
+        """These rows, fp32 [n, dim]."""
+        return self.rows.index_select(0, rows)
 
-    def _adagrad(self, rows: Tensor, sums: Tensor, lr: float) -> Tensor:
-        held = self.kept["squares"]
-        squares = held.index_select(0, rows).add_(torch.linalg.vecdot(sums, sums), alpha=1 / sums.shape[1])
-        held.index_copy_(0, rows, squares)
-        return sums * squares.sqrt_().add_(EPS).reciprocal_().mul_(-lr).unsqueeze(1)
-
-    def _adam(self, rows: Tensor, sums: Tensor, lr: float) -> Tensor:
-        (a, b), first, second = BETAS, self.kept["first"], self.kept["second"]
-        m = first.index_select(0, rows).lerp_(sums, 1 - a)
-        v = second.index_select(0, rows).mul_(b).addcmul_(sums, sums, value=1 - b)
-        first.index_copy_(0, rows, m)
-        second.index_copy_(0, rows, v)
-        below = v.sqrt_().div_(math.sqrt(1 - b**self.steps)).add_(ADAM_EPS)
-        return m.div_(below).mul_(-lr / (1 - a**self.steps))
+    def move(self, rows: Tensor, by: Tensor) -> None:
+        """Add to these rows."""
+        self.rows.index_add_(0, rows, by)
 
 
 class Sparse:
     """The tables of a module, trained by the rows that batches touch; everything else is somebody else's.
 
     From ``Sparse(...)`` to ``release()`` the module's tables hand out sparse gradients, and those of our ``Embeddings`` are
-    looked up at once while it trains. Weights stay where they are found by name.
+    looked up at once while it trains. Weights stay where they are found by name; with ``int8`` the tables become packed ones.
     """
 
-    def __init__(self, module: nn.Module, kind: str, l2: float) -> None:
+    def __init__(self, module: nn.Module, kind: str, l2: float, *, int8: bool = False) -> None:
+        if int8:
+            for table in list(trained(module)):
+                put(module, table, packed(table, table.weight))
+        self.rounded = [Rounded(t, kind, l2, path) for path, t in whole(module)] if int8 else []
         self.tables = list(trained(module))
         widths = dict.fromkeys(t.get_parameter("weight").shape[1] for t in self.tables)
         grouped = [[t for t in self.tables if t.get_parameter("weight").shape[1] == width] for width in widths]
@@ -134,8 +240,15 @@ class Sparse:
         self.joined = [m for m in module.modules() if type(m) is Embeddings and self._hold(m)]
         for table in self.tables:
             table.sparse = True
+        for each in self.rounded:
+            each.table.lend(each.look)
         for each in self.joined:
             self._join(each)
+
+    @property
+    def held(self) -> list[Rows]:
+        """All rows, in an order of their own."""
+        return [*self.matrices, *self.rounded]
 
     @property
     def parameters(self) -> list[nn.Parameter]:
@@ -144,13 +257,13 @@ class Sparse:
 
     def clear(self) -> None:
         """Forget the gradients of a batch."""
-        for matrix in self.matrices:
+        for matrix in self.held:
             matrix.clear()
 
     @torch.no_grad()
     def gather(self) -> Iterator[Tensor]:
         """The gradients of the rows a batch touched, summed by row, a matrix at a time; needed before ``step``."""
-        for matrix in self.matrices:
+        for matrix in self.held:
             matrix.gather()
             if matrix.touched is not None:
                 yield matrix.touched[1]
@@ -158,17 +271,17 @@ class Sparse:
     @torch.no_grad()
     def step(self, lr: float, scale: float = 1.0) -> None:
         """Move the rows that were gathered."""
-        for matrix in self.matrices:
+        for matrix in self.held:
             matrix.step(lr, scale)
 
     def state(self) -> dict[str, Tensor]:
         """What to keep to go on exactly, by name."""
-        held = {f"{i}.{name}": t for i, m in enumerate(self.matrices) for name, t in m.kept.items()}
-        return {**held, **{f"{i}.steps": torch.tensor(m.steps) for i, m in enumerate(self.matrices)}}
+        held = {f"{i}.{name}": t for i, m in enumerate(self.held) for name, t in m.kept.items()}
+        return {**held, **{f"{i}.steps": torch.tensor(m.steps) for i, m in enumerate(self.held)}}
 
     def restore(self, state: Mapping[str, Tensor]) -> None:
         """Go on from such a state."""
-        for i, matrix in enumerate(self.matrices):
+        for i, matrix in enumerate(self.held):
             for name, tensor in matrix.kept.items():
                 tensor.copy_(state[f"{i}.{name}"])
             matrix.steps = int(state[f"{i}.steps"])
@@ -177,6 +290,8 @@ class Sparse:
         """Leave the module as it was found; its tables stay views of one matrix."""
         for table in self.tables:
             table.sparse = False
+        for rows in self.rounded:
+            rows.table.lend(None)
         for each in self.joined:
             each.__dict__.pop("forward", None)
         self.clear()
@@ -210,6 +325,38 @@ def trained(module: nn.Module) -> Iterator[nn.Embedding | nn.EmbeddingBag]:
             yield table
 
 
+def whole(module: nn.Module) -> Iterator[tuple[str, RowwiseTable]]:
+    """The packed int8 tables of a module by path, each once."""
+    for path, child in module.named_modules():
+        if isinstance(child, RowwiseTable) and child.bits == 8:
+            yield path, child
+
+
+def packed(table: nn.Embedding | nn.EmbeddingBag, weight: Tensor) -> RowwiseTable:
+    """An int8 table in the place of a plain one, its rows those of ``weight``, which may be a part of them."""
+    layer = Table.of(table)
+    assert layer is not None
+    layer = dataclasses.replace(layer, data_type="int8")
+    made = RowwiseTable(dataclasses.replace(layer, rows=0))
+    made.layer, made.num_embeddings = layer, layer.rows
+    made.packed = layer.encode(weight.detach())["packed"] if len(weight) else made.packed
+    made.train(table.training)
+    return made
+
+
+def put(module: nn.Module, old: nn.Module, new: nn.Module) -> None:
+    """Put a module wherever another one is."""
+    for path, child in list(module.named_modules(remove_duplicate=False)):
+        if child is old:
+            replace(module, path, new)
+
+
+def layers(module: nn.Module) -> dict[str, Table]:
+    """The layers that a spec must name for the packed int8 tables of a module, wherever they are."""
+    every = module.named_modules(remove_duplicate=False)
+    return {path: child.layer for path, child in every if isinstance(child, RowwiseTable) and child.bits == 8}
+
+
 def numbers(module: nn.Module) -> int:
     """Numbers in the tables that can be trained by touched rows."""
     return sum(t.num_embeddings * t.embedding_dim for t in trained(module))  # not of the weight, which may be a part
@@ -220,6 +367,41 @@ def summed(ids: Tensor, gradients: Tensor) -> tuple[Tensor, Tensor]:
     order, place = ids.sort(stable=True)
     rows, counts = torch.unique_consecutive(order, return_counts=True)
     return rows, F.embedding_bag(place, gradients, counts.cumsum(0) - counts, mode="sum")
+
+
+class Looked(torch.autograd.Function):
+    """Rows by place (None: all, in order); the gradient is put aside with the ids, for autograd does not know the table."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, anchor: Tensor, rows: Tensor, place: Tensor | None, ids: Tensor, stash: list[tuple[Tensor, Tensor]]
+    ) -> Tensor:
+        """fp32 [n, D]."""
+        ctx.ids, ctx.stash = ids, stash
+        return rows if place is None else F.embedding(place, rows)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[None, ...]:
+        """None of anything."""
+        ctx.stash.append((ctx.ids, gradients[0].reshape(len(ctx.ids), -1)))
+        return None, None, None, None, None
+
+
+def rounded(rows: Tensor, chance: Tensor) -> Tensor:
+    """FBGEMM's int8 rows, uint8 [n, dim + 8], of fp32 [n, dim], rounded up where ``chance`` in [0, 1) is above what is left."""
+    low, high = torch.aminmax(rows, dim=1, keepdim=True)
+    scale = (high - low) / 255
+    levels = ((rows - low) / scale.clamp_min(TINY)).add_(chance).floor_().clamp_(0, 255)
+    return torch.cat([levels.to(torch.uint8), torch.cat([scale, low], 1).view(torch.uint8)], 1)
+
+
+def _chance(rows: Tensor, dim: int, step: int, salt: int) -> Tensor:
+    """A number in [0, 1) for each column of each row at a step, by a hash of all three (SplitMix64), [n, dim]."""
+    start = (step << 32 | salt) * 0x9E3779B1 & (1 << 62) - 1
+    x = rows.unsqueeze(1) * -7046029254386353131 + (torch.arange(dim) + start)
+    for shift, factor in ((30, -4658895280553007687), (27, -7723592293110705685), (31, 1)):
+        x = (x ^ ((x >> shift) & ((1 << (64 - shift)) - 1))) * factor
+    return (x & 0xFFFFFF).float().mul_(2.0**-24)
 
 
 def _joined(weights: Sequence[nn.Parameter]) -> Tensor:

@@ -26,7 +26,7 @@ from __future__ import annotations
 import abc
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import accumulate
 from typing import Any, Literal
 
@@ -225,6 +225,17 @@ class Lookup(Packed):
     def look(self, ids: Tensor, form: Any) -> Tensor:
         """fp32 rows [n, dim] of ids [n]."""
 
+    def lend(self, forward: Callable[..., Tensor] | None) -> None:
+        """Let somebody else answer, who trains the rows; with None not any more."""
+        self.__dict__.pop("forward", None)
+        if forward is not None:
+            self.__dict__["forward"] = forward
+
+    @property
+    def lent(self) -> bool:
+        """Whether somebody else answers."""
+        return "forward" in self.__dict__
+
     def prepare(self) -> tuple[Tensor | None, Any]:
         """Plain rows if the table is small, and the form to look up from if it is not."""
         return (self.weight, None) if self.layer.rows * self.layer.dim <= self.most() else (None, self.form())
@@ -251,7 +262,15 @@ class Lookup(Packed):
 
     @property
     def weight(self) -> Tensor:
-        """All rows, fp32 [rows, dim]: made at each call, for code that reads a table's weight."""
+        """All rows, fp32 [rows, dim]: made at each call, for code that reads a table's weight.
+
+        Raises:
+            ConfigError: the rows are being trained, who would never hear of what is done with these.
+        """
+        if self.lent and self.training and torch.is_grad_enabled():
+            raise ConfigError(
+                "this model reads a table's weight as a matrix, and int8 rows are trained by lookups only; use fp32"
+            )
         form = self.form()
         ids = torch.arange(self.layer.rows, device=next(self.buffers()).device)
         return torch.cat([self.look(chunk, form) for chunk in torch.split(ids, _CHUNK)])
@@ -336,6 +355,11 @@ class RowwiseTable(Lookup):
     def form(self) -> Any:
         """The lookup operator; None where there is none for this device."""
         return _operator(_NAMES[self.bits] + "_rowwise_offsets") if self.packed.device.type == "cpu" else None
+
+    def write(self, ids: Tensor, rows: Tensor) -> None:
+        """Put packed rows, uint8 [n, bytes], in the place of these."""
+        self.packed.index_copy_(0, ids, rows)
+        self._ready = None
 
     def look(self, ids: Tensor, form: Any) -> Tensor:
         """fp32 rows [n, dim]."""

@@ -50,7 +50,7 @@ from pennyweight.model.metrics import METRICS, Lists, Ranked
 from pennyweight.model.mixed import Halved
 from pennyweight.model.sparse import Sparse
 from pennyweight.model.spec import Batch, call
-from pennyweight.model.tables import Table
+from pennyweight.model.tables import RowwiseTable, Table
 
 TICK_S = 0.5
 """Seconds between two reports of progress."""
@@ -106,6 +106,9 @@ class Recipe:
     alone, also ``embedding_l2``: row-wise Adagrad, Adam whose moments wait, plain SGD (see ``model/sparse``). ``auto`` is dense
     for tables of less than 2**24 numbers together, above that ``lazy-adam``, ``adagrad`` or ``sgd``, whichever is like
     ``optimizer``."""
+    rows: Literal["fp32", "int8"] = "fp32"
+    """How tables that are trained by touched rows are held, meanwhile and afterwards; ``int8`` is a byte a number and eight a
+    row, rounded by chance (see ``model/sparse``)."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """Of the matrix products of dense layers in training; weights, sums and all else are fp32 (see ``model/mixed``). On a
     processor with bfloat16 instructions ``bf16`` is faster, the more so the wider the layers."""
@@ -120,6 +123,8 @@ class Recipe:
                 raise ConfigError(f"recipe {name} is {getattr(self, name)}; it must not be negative")
         if not 0 <= self.distill_alpha <= 1:
             raise ConfigError(f"recipe distill_alpha is {self.distill_alpha}; it must be between 0 and 1")
+        if self.rows == "int8" and self.tables == "dense":
+            raise ConfigError("recipe rows is int8, and tables is dense, which visits all; let tables be auto, adagrad or sgd")
         for name in (self.metric, self.selector):
             metrics.ranking(name)
 
@@ -456,7 +461,7 @@ def optimizer(module: nn.Module, recipe: Recipe, without: Sequence[nn.Parameter]
     """
     tables = {id(p) for m in module.modules() if Table.of(m) is not None for p in m.parameters()}
     wanted = [p for p in module.parameters() if p.requires_grad]
-    if not wanted:
+    if not wanted and not any(isinstance(m, RowwiseTable) and m.lent for m in module.modules()):
         raise ConfigError(f"{type(module).__name__} has no parameter that can be trained; build it with copy=True")
     others = {*map(id, without), *map(id, _idle(module))}
     wanted = [p for p in wanted if id(p) not in others]
@@ -557,7 +562,7 @@ class Learner:
         if self.workers is not None:
             self.sparse = self.workers.lend(self.module, kind, self.recipe)
         elif kind != "dense":
-            self.sparse = Sparse(self.module, kind, self.recipe.embedding_l2)
+            self.sparse = Sparse(self.module, kind, self.recipe.embedding_l2, int8=self.recipe.rows == "int8")
         halved = self.recipe.precision == "bf16"
         self.joined = Joined(self.module, torch.bfloat16 if halved else None) if self.alone else None
         self.halved = Halved(self.module) if halved else None
@@ -636,7 +641,7 @@ def _kind(module: nn.Module, recipe: Recipe) -> str:
     """How tables are trained: ``dense``, or by the rows that are touched and how."""
     if recipe.tables != "auto":
         return recipe.tables
-    if sparse.numbers(module) < sparse.LARGE:
+    if sparse.numbers(module) < sparse.LARGE and recipe.rows == "fp32":
         return "dense"
     return {"adam": "lazy-adam", "adamw": "lazy-adam"}.get(recipe.optimizer, recipe.optimizer)
 

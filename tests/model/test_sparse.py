@@ -12,14 +12,16 @@ import torch
 from torch import Tensor, nn
 
 from pennyweight.compress.substitute import SubstituteTables
+from pennyweight.core.errors import ConfigError
 from pennyweight.data.dataset import Dataset
 from pennyweight.data.schema import Column, Schema
 from pennyweight.model import losses, sparse, train
 from pennyweight.model.bundle import Bundle
 from pennyweight.model.ranking import DNN, DeepFM
 from pennyweight.model.retrieval import MatrixFactorization, TwoTower
-from pennyweight.model.sparse import Matrix, Sparse, summed
+from pennyweight.model.sparse import Matrix, Sparse, rounded, summed
 from pennyweight.model.spec import Model, seeded, spec_of
+from pennyweight.model.tables import unpack_rows
 from pennyweight.model.train import EpochLog, Learner, Progress, Recipe, fit
 from pennyweight.model.transform import Env
 from tests.model.test_train import COLUMNS, RECIPE, dnn, rows, same
@@ -242,3 +244,85 @@ def test_tables_that_lie_end_to_end_stay_there() -> None:
     assert one.rows.data_ptr() == two.rows.data_ptr() != other.rows.data_ptr()
     assert [start for _, start in two.sources] == [0, 0, 5, 8] and [start for _, start in other.sources] == [0, 0, 3]
     assert all(torch.equal(t.weight, b) for t, b in zip(tables, before, strict=True))
+
+
+# -- int8 rows -------------------------------------------------------------------------------------------------------------
+
+INT8 = dataclasses.replace(RECIPE, tables="adagrad", lr=0.02, rows="int8", epochs=4, patience=9)
+
+
+def test_rounding_by_chance_keeps_the_mean_and_is_within_a_level() -> None:
+    torch.manual_seed(0)
+    given = torch.randn(20, 8)
+    level = (given.amax(1) - given.amin(1)) / 255
+    made = torch.stack([unpack_rows(rounded(given, torch.rand(20, 8)), 8) for _ in range(2000)])
+    assert ((made - given).abs() <= level.unsqueeze(1) * 1.001).all()
+    assert ((made.mean(0) - given).abs() < 0.05 * level.unsqueeze(1)).all()
+    assert torch.equal(unpack_rows(rounded(torch.zeros(2, 8), torch.rand(2, 8)), 8), torch.zeros(2, 8))
+
+
+def test_the_chance_is_even_and_belongs_to_the_row_and_the_step() -> None:
+    ids = torch.arange(1000)
+    drawn = sparse._chance(ids, 16, 3, 7)
+    counts = torch.histc(drawn, 10, 0.0, 1.0)
+    assert drawn.min() >= 0 and drawn.max() < 1 and (counts - 1600).abs().max() < 200
+    assert torch.equal(sparse._chance(ids[500:510], 16, 3, 7), drawn[500:510])
+    for other in (sparse._chance(ids, 16, 4, 7), sparse._chance(ids, 16, 3, 8)):
+        assert abs(torch.corrcoef(torch.stack([drawn.flatten(), other.flatten()]))[0, 1]) < 0.03
+
+
+def test_int8_rows_learn_as_well_in_a_quarter_of_the_bytes(tmp_path: Path) -> None:
+    plain, one, two = (DeepFM(COLUMNS, dim=16, hidden=(32,)) for _ in range(3))
+    for module in (one, two):
+        module.load_state_dict(plain.state_dict())
+    best = fit(plain, rows(), rows(1), dataclasses.replace(INT8, rows="fp32"))
+    done = fit(one, rows(), rows(1), INT8)
+    fit(two, rows(), rows(1), INT8)
+    assert same(one, two) and abs(best.metric - done.metric) < 0.01
+    made = sparse.layers(one)
+    assert {p: (t.rows, t.data_type, t.padding) for p, t in made.items()} == {
+        "embeddings.tables.user": (30, "int8", 0), "embeddings.tables.item": (40, "int8", 0)
+    }  # fmt: skip
+    for table in one.embeddings.tables.values():
+        assert table.packed.shape[1] == 24 and not unpack_rows(table.packed, 8)[0].any()
+    spec = spec_of(DeepFM, columns=COLUMNS, dim=16, hidden=(32,)).with_layers(made)
+    again = Model.of(one, spec).build()
+    batch = next(rows(1).batches(64))
+    with torch.inference_mode():
+        assert torch.allclose(again(batch), one.eval()(batch), atol=1e-6)
+    more = fit(again := Model.of(one, spec).build(copy=True), rows(2), rows(1), INT8)
+    assert more.metric >= done.metric - 0.01 and sparse.layers(again) == made, "packed tables go on learning"
+
+
+def test_int8_rows_stopped_and_gone_on_with_are_the_same(tmp_path: Path) -> None:
+    whole, parts, fresh = nets(3)
+    done = fit(whole, rows(), rows(1), INT8)
+
+    def stop(event: Progress | EpochLog) -> None:
+        if isinstance(event, EpochLog) and event.epoch == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    fit(parts, rows(), rows(1), INT8, checkpoint=tmp_path / "c", progress=stop)
+    assert fit(fresh, rows(), rows(1), INT8, checkpoint=tmp_path / "c").metric == done.metric and same(fresh, whole)
+
+
+def test_a_model_of_int8_tables_alone_learns() -> None:
+    torch.manual_seed(0)
+    module = MatrixFactorization(COLUMNS, dim=8)
+    assert fit(module, rows(), rows(1), dataclasses.replace(INT8, loss="bce", lr=0.1)).metric > 0.6
+
+
+def test_int8_rows_that_cannot_be_are_refused() -> None:
+    with pytest.raises(ConfigError, match="let tables be auto"):
+        Recipe(rows="int8")
+
+    class Matrix(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table = nn.Embedding(40, 4)
+
+        def forward(self, batch: Any) -> Tensor:
+            return (self.table(batch["item"]) @ self.table.weight.T).sum(1)
+
+    with pytest.raises(ConfigError, match="trained by lookups only"):
+        fit(Matrix(), rows(), rows(1), INT8)
