@@ -171,7 +171,7 @@ class Pipe:
                 given = given.detach().requires_grad_(build)
                 out = given
                 for block in self.mine:
-                    out = type(block).forward(block, out, *seen)
+                    out = cast(Tensor, type(block).forward(block, out, *seen))
             if out.shape != given.shape:
                 raise ConfigError(
                     f"a block of {self.path} makes {tuple(out.shape)} of {tuple(given.shape)}; a pipeline's keep the shape"
@@ -199,8 +199,9 @@ class Pipe:
         def run(m: int, given: Tensor) -> Tensor:
             entered, out = kept.pop(m)
             torch.autograd.backward(out, given)
-            assert entered.grad is not None
-            return entered.grad
+            gradient: Tensor | None = entered.grad
+            assert gradient is not None
+            return gradient
 
         ranks = list(range(self.stages))[::-1]
         found = self._flow(micros[::-1], ranks, gradient.contiguous(), lambda m, g: run(len(micros) - 1 - m, g))

@@ -67,7 +67,7 @@ class Held:
     @property
     def parameter(self) -> nn.Parameter | None:
         """What this worker holds, as the module's weight; None of packed rows."""
-        return None if isinstance(self.module, RowwiseTable) else self.module.weight
+        return None if isinstance(self.module, RowwiseTable) else self.module.get_parameter("weight")
 
     @property
     def weight(self) -> Tensor:
@@ -136,6 +136,7 @@ def cut(held: Sequence[Held], fills: Mapping[int, Fill]) -> None:
     """Leave of each cut table this worker's block only; tables that lie on no device are made now, as ``blocks`` says."""
     for each in held:
         (r0, r1), (c0, c1) = each.mine.rows, each.mine.columns
+        assert not isinstance(each.module, RowwiseTable)
         if each.weight.is_meta:
             block = fills[id(each.module.weight)].block(each.shape, each.mine, each.module.padding_idx)
             each.module.weight = nn.Parameter(block)
@@ -159,7 +160,7 @@ def pack(module: nn.Module, held: Sequence[Held]) -> dict[str, Part]:
         each.module = made
         width = made.packed.shape[1]
         piece = Piece(each.rank, each.mine.rows, (0, width))
-        found[f"{each.path}.packed"] = Part((each.shape[0], width), piece, each.shard and "row", made.packed)
+        found[f"{each.path}.packed"] = Part((each.shape[0], width), piece, "row" if each.shard else None, made.packed)
     return found
 
 

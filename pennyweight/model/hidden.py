@@ -60,6 +60,7 @@ class Hidden(torch.autograd.Function):
         """Forward of all blocks; running figures of the norms move as in ``nn.BatchNorm1d``."""
         rows = first = x.to(kind)
         held: list[Any] = []
+        figures: tuple[Tensor, ...]
         for k, block in enumerate(blocks):
             weight, bias, gamma, beta = weights[4 * k : 4 * k + 4]
             assert weight is not None
@@ -74,6 +75,7 @@ class Hidden(torch.autograd.Function):
                 assert gamma is not None and beta is not None
                 gamma, beta = (gamma, beta) if up == 1 else (gamma * up, beta * up)
                 rows, mean, scale = _forward(z, gamma, beta, norm.running_mean, norm.running_var, True, norm.momentum, norm.eps)
+                assert norm.num_batches_tracked is not None and norm.running_mean is not None
                 norm.num_batches_tracked.add_(1)
                 if bias is not None:
                     norm.running_mean.add_(bias, alpha=norm.momentum)
@@ -117,15 +119,16 @@ class Hidden(torch.autograd.Function):
             weight = torch.mm(g.t(), rows).to(ctx.kind) if needs[0] else None
             found += [beta, gamma, bias, weight]
             fresh = True
-            g = torch.mm(g, narrow) if k or wanted[2] else None
-        return (None, None, None if g is None else g.to(ctx.kind), *reversed(found))
+            if k or wanted[2]:
+                g = torch.mm(g, narrow)
+        return (None, None, g.to(ctx.kind) if wanted[2] else None, *reversed(found))
 
 
 def _drop(rows: Tensor, dropout: Dropout, up: float) -> None:
     """Dropout in place, some rows at a time: their masks stay in the cache, where those of a batch would go through memory."""
     drawn = dropout.drawn(rows)
     few = max(1, HOT // rows.shape[1])
-    for part, bytes_ in zip(rows.split(few), drawn.split(few), strict=True):
+    for part, bytes_ in zip(torch.split(rows, few), torch.split(drawn, few), strict=True):
         kept = dropout.kept(bytes_, rows.dtype)
         part.mul_(kept if up == 1 else kept.mul_(up))
 

@@ -189,7 +189,7 @@ class Matrix(Rows):
     def __init__(self, tables: Sequence[nn.Module], kind: str, l2: float) -> None:
         weights = [t.get_parameter("weight") for t in tables]
         self.rows = nn.Parameter(_joined(weights))
-        super().__init__(*self.rows.shape, kind, l2)
+        super().__init__(len(self.rows), self.rows.shape[1], kind, l2)
         self.sources: list[tuple[nn.Parameter, int]] = [(self.rows, 0), *zip(weights, map(_start, weights), strict=True)]
         padded = [_start(w) + t.padding_idx for w, t in zip(weights, tables, strict=True) if t.padding_idx is not None]  # type: ignore[operator]
         self.padding = torch.tensor(sorted(padded), dtype=torch.int64)
@@ -240,8 +240,8 @@ class Sparse:
         self.joined = [m for m in module.modules() if type(m) is Embeddings and self._hold(m)]
         for table in self.tables:
             table.sparse = True
-        for each in self.rounded:
-            each.table.lend(each.look)
+        for rows in self.rounded:
+            rows.table.lend(rows.look)
         for each in self.joined:
             self._join(each)
 

@@ -44,7 +44,8 @@ class Balanced(FIFOMixin, RequestRouter):  # type: ignore[misc]
 
     def initialize_state(self, seed: int = 0) -> None:
         """Called by Ray Serve, once."""
-        self.seed, self.rule, self.told = seed, HotCold([], seed), {}
+        self.seed, self.rule = seed, HotCold([], seed)
+        self.told: dict[str, int] = {}
 
     async def choose_replicas(
         self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None
