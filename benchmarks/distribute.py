@@ -91,7 +91,7 @@ class Task:
 
     def double(self) -> Task:
         """The same in float64."""
-        name = self.spec.factory.rpartition(".")[2]
+        name = self.spec.factory.rpartition(":")[2]
         return dataclasses.replace(self, spec=spec_of(Double, name=name, **self.spec.args), allow=("benchmarks.double",))
 
     def together(self, many: Many, also: Callable[[Progress], None] = lambda _: None, home: Path | None = None) -> Made:
