@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -139,6 +140,8 @@ def run(
         except RuntimeError as error:
             raise DeviceError(f"the replicas did not start: {str(error).strip().splitlines()[-1][:300]}") from error
         print(f"{bundle} is served by {replicas} replicas on http://{host}:{port} (Ctrl-C stops)", flush=True)
+        for number in (signal.SIGINT, signal.SIGTERM):  # also where a shell has it ignored, or Ray has its own
+            signal.signal(number, signal.default_int_handler)
         try:
             stop.wait()
         except KeyboardInterrupt:
