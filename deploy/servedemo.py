@@ -21,6 +21,7 @@ import urllib.request
 import psutil
 from ray import serve
 
+from pennyweight.core.cluster import connected
 from pennyweight.serve import replicas
 
 PORT = 8123
@@ -33,7 +34,7 @@ def main() -> None:
     parser.add_argument("bundle")
     parser.add_argument("--seconds", type=float, default=10.0)
     given = parser.parse_args()
-    with replicas.connected("local", 2):
+    with connected("local", 3):
         serve.start(http_options={"host": "127.0.0.1", "port": PORT})
         serve.run(replicas.application(given.bundle, 2), route_prefix="/")
         print(f"two replicas answer on http://127.0.0.1:{PORT}", flush=True)

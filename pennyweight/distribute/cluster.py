@@ -6,8 +6,8 @@ ends with the actor, whatever ends that, since it reads a pipe that the actor ho
 through Ray. Checkpoints, progress and errors go through the folder of the training, as on several hosts; the cluster's machines
 and the one that gives the command see it under one path, and have this package installed.
 
-The driver runs inside the cluster, as a task without a processor, so that ``ray://HOST:PORT`` (a client far away) and ``auto``
-(a machine of the cluster) are the same. ``local`` starts a cluster of this machine, to try it.
+The driver runs inside the cluster, as a task without a processor, so that a client far away and a machine of the cluster are
+the same.
 """
 
 from __future__ import annotations
@@ -20,11 +20,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pennyweight.core.errors import ConfigError, DeviceError
+from pennyweight.core.cluster import connected
+from pennyweight.core.errors import DeviceError
 from pennyweight.distribute import worker
 from pennyweight.distribute.worker import Many
-
-QUIET = {"RAY_TRAIN_V2_ENABLED": "1", "RAY_TRAIN_METRICS_ENABLED": "0", "RAY_USAGE_STATS_ENABLED": "0"}
 
 
 def run(many: Many, restarts: int, folder: str, job: str) -> None:
@@ -34,15 +33,7 @@ def run(many: Many, restarts: int, folder: str, job: str) -> None:
         ConfigError: Ray is missing.
         DeviceError: the cluster is not reached, has too few processors, or workers end again and again.
     """
-    ray = _ray()
-    os.environ.update(QUIET)
-    here = {"num_cpus": many.workers} if many.cluster == "local" else {}
-    address = None if many.cluster == "local" else many.cluster
-    try:
-        ray.init(address=address, log_to_driver=False, logging_level="ERROR", include_dashboard=False if here else None, **here)
-    except (ConnectionError, RuntimeError, TimeoutError, ValueError) as error:
-        raise DeviceError(f"the Ray cluster at {many.cluster} is not reached: {str(error).splitlines()[0]}") from error
-    try:
+    with connected(many.cluster, many.workers) as ray:
         there = int(ray.cluster_resources().get("CPU", 0))
         if there < (many.least or many.workers):
             raise DeviceError(
@@ -50,16 +41,14 @@ def run(many: Many, restarts: int, folder: str, job: str) -> None:
                 "--workers fewer"
             )
         (Path(folder) / "job.json").write_text(job)
-        path = os.pathsep.join(filter(None, (os.getcwd(), os.environ.get("PYTHONPATH", ""))))
-        drive = ray.remote(num_cpus=0, max_retries=0, runtime_env={"env_vars": QUIET | {"PYTHONPATH": path}})(_drive)
-        ray.get(drive.remote(many.workers, many.least, restarts, folder, many.timeout_s))
-    except ray.exceptions.RayError as error:
-        raise DeviceError(f"Ray ended the training: {_line(error)}") from error
-    finally:
-        ray.shutdown()
+        drive = ray.remote(num_cpus=0, max_retries=0)(_drive)
+        try:
+            ray.get(drive.remote(many.workers, many.least, restarts, folder))
+        except ray.exceptions.RayError as error:
+            raise DeviceError(f"Ray ended the training: {_line(error)}") from error
 
 
-def _drive(workers: int, least: int, restarts: int, folder: str, timeout_s: float) -> None:
+def _drive(workers: int, least: int, restarts: int, folder: str) -> None:
     """Inside the cluster: a run of Ray Train."""
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
@@ -68,7 +57,7 @@ def _drive(workers: int, least: int, restarts: int, folder: str, timeout_s: floa
     count: Any = (least, workers) if least and least < workers else workers
     trainer = DataParallelTrainer(
         _worker,
-        train_loop_config={"folder": folder, "timeout_s": timeout_s},
+        train_loop_config={"folder": folder},
         scaling_config=ScalingConfig(num_workers=count, resources_per_worker={"CPU": 1}),
         run_config=RunConfig(name="ray", storage_path=folder, failure_config=FailureConfig(max_failures=restarts)),
     )
@@ -112,17 +101,3 @@ def _line(error: BaseException) -> str:
     """The last line of what Ray says of an error: its first ones are where it was."""
     lines = [line for line in str(error).splitlines() if line.strip()]
     return lines[-1].strip()[:200] if lines else type(error).__name__
-
-
-def _ray() -> Any:
-    """Ray.
-
-    Raises:
-        ConfigError: it is missing.
-    """
-    try:
-        import ray
-        import ray.train
-    except ImportError as error:
-        raise ConfigError("--cluster needs Ray: pip install 'pennyweight[ray]'") from error
-    return ray

@@ -36,7 +36,7 @@ from torch.distributed.elastic.rendezvous.api import RendezvousError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from pennyweight.core.config import decode, dumps, loads
-from pennyweight.core.errors import ConfigError, DataError, DeviceError
+from pennyweight.core.errors import ConfigError, DataError, DeviceError, PennyweightError
 from pennyweight.data.dataset import How
 from pennyweight.distribute import checkpoint, cluster, worker
 from pennyweight.distribute.worker import Host as Host
@@ -257,6 +257,8 @@ def _end(folder: Path) -> None:
 
 def _said(error: BaseException, job: Job, hosts: Sequence[Host]) -> Exception:
     """What the agent's error means to who gave the command."""
+    if isinstance(error, PennyweightError):
+        return error
     wait = f"within {job.many.timeout_s:g} s (--timeout)"
     if isinstance(error, ChildFailedError):
         first = next(iter(error.failures.values()))

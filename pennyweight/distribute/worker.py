@@ -36,7 +36,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from pennyweight.core import errors, hardware, memory
+from pennyweight.core import cluster, errors, hardware, memory
 from pennyweight.core.config import dumps, encode, loads, write
 from pennyweight.core.errors import ConfigError, DataError, DeviceError, PennyweightError, StorageError
 from pennyweight.data.dataset import Dataset, How
@@ -96,11 +96,8 @@ class Many:
     """Seconds between two reports of progress."""
 
     def __post_init__(self) -> None:
-        if self.cluster not in ("", "auto", "local") and not self.cluster.startswith("ray://"):
-            raise ConfigError(
-                f"cluster {self.cluster!r} is not ray://HOST:PORT, auto (this machine is part of a cluster) or local (this "
-                "machine alone)"
-            )
+        if self.cluster:
+            cluster.check(self.cluster)
         if self.cluster and self.hosts:
             raise ConfigError("--cluster and --hosts are two ways to say where workers are; give one")
         if self.cluster and self.least > self.workers:

@@ -12,21 +12,19 @@ Who asks for events to be kept gives ``store`` a server (Valkey): replicas do no
 
 from __future__ import annotations
 
-import contextlib
-import os
 import signal
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from pennyweight.core.cluster import connected
 from pennyweight.core.errors import ConfigError, DeviceError
 from pennyweight.schedule.balance import HotCold, Probe
 from pennyweight.serve.app import App
 
 try:
-    import ray
     from ray import serve
     from ray.serve.config import HTTPOptions, RequestRouterConfig
     from ray.serve.request_router import FIFOMixin, PendingRequest, RequestRouter, RunningReplica
@@ -121,7 +119,7 @@ def run(
 
     Args:
         bundle: its folder, the same path on all machines.
-        address: ``auto`` (this machine is part of a cluster), ``ray://HOST:PORT``, or ``local`` for a cluster of this machine.
+        address: of the cluster (``core/cluster``).
         host: an address to listen on.
         port: where.
         store: the event log.
@@ -133,7 +131,7 @@ def run(
         DeviceError: the cluster is not reached, or the replicas do not start.
     """
     stop = threading.Event()
-    with connected(address, replicas):
+    with connected(address, replicas + 1):
         serve.start(http_options=HTTPOptions(host=host, port=port))
         try:
             serve.run(application(bundle, replicas, store, allow), route_prefix="/")
@@ -148,20 +146,3 @@ def run(
             pass
         finally:
             serve.shutdown()
-
-
-@contextlib.contextmanager
-def connected(address: str, replicas: int) -> Iterator[None]:
-    """A connection to a cluster, in a ``with``; a cluster of this machine where ``local`` asks for one."""
-    if address not in ("auto", "local") and not address.startswith("ray://"):
-        raise ConfigError(f"cluster {address!r} is not ray://HOST:PORT, auto or local")
-    path = os.pathsep.join(filter(None, (os.getcwd(), os.environ.get("PYTHONPATH", ""))))
-    here = {"num_cpus": replicas + 1, "include_dashboard": False} if address == "local" else {"address": address}
-    try:
-        ray.init(log_to_driver=False, logging_level="ERROR", runtime_env={"env_vars": {"PYTHONPATH": path}}, **here)
-    except (ConnectionError, RuntimeError, TimeoutError, ValueError, ImportError) as error:
-        raise DeviceError(f"the Ray cluster at {address} is not reached: {str(error).splitlines()[0]}") from error
-    try:
-        yield
-    finally:
-        ray.shutdown()
