@@ -41,7 +41,9 @@ def connected(address: str, cpus: int) -> Iterator[Any]:
     """
     check(address)
     os.environ.update(QUIET)
-    if os.environ.get("RAY_AUTH_TOKEN") or TOKEN.exists():  # a client does not look for the token by itself
+    if address.startswith("ray://") and (
+        os.environ.get("RAY_AUTH_TOKEN") or TOKEN.exists()
+    ):  # which a client does not look for
         os.environ.setdefault("RAY_AUTH_MODE", "token")
     try:
         import ray

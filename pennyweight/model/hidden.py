@@ -177,14 +177,15 @@ class Joined:
             child.__dict__.pop("forward", None)
 
 
-def _rows(table: nn.Embedding, ids: Tensor) -> Tensor:
+def _rows(table: nn.Embedding, input: Tensor) -> Tensor:
     if not table.training:
-        return nn.Embedding.forward(table, ids)
-    rows: Tensor = Rows.apply(table.weight, ids, table.padding_idx)  # type: ignore[no-untyped-call]
+        return nn.Embedding.forward(table, input)
+    rows: Tensor = Rows.apply(table.weight, input, table.padding_idx)  # type: ignore[no-untyped-call]
     return rows
 
 
-def _run(parts: Sequence[tuple[Block, ...] | nn.Module], kind: torch.dtype | None, x: Tensor) -> Tensor:
+def _run(parts: Sequence[tuple[Block, ...] | nn.Module], kind: torch.dtype | None, input: Tensor) -> Tensor:
+    x = input
     for part in parts:
         x = _joined(part, kind, x) if isinstance(part, tuple) else part(x)
     return x

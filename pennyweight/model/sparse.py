@@ -146,9 +146,9 @@ class Rounded(Rows):
         self.touched = None
         self.stash.clear()
 
-    def look(self, ids: Tensor, offsets: Tensor | None = None, weights: Tensor | None = None) -> Tensor:
+    def look(self, input: Tensor, offsets: Tensor | None = None, per_sample_weights: Tensor | None = None) -> Tensor:
         """What the table answers, its gradients put aside."""
-        table = self.table
+        table, ids, weights = self.table, input, per_sample_weights
         if not (table.training and torch.is_grad_enabled()):
             return RowwiseTable.forward(table, ids, offsets, weights)
         flat = ids.reshape(-1)
@@ -318,7 +318,9 @@ def trained(module: nn.Module) -> Iterator[nn.Embedding | nn.EmbeddingBag]:
     seen = set()
     for table in module.modules():
         # Not a subclass, which may look up differently; float64 for who wants to see what rounding does.
-        if type(table) not in (nn.Embedding, nn.EmbeddingBag) or table.weight.dtype not in (torch.float32, torch.float64):
+        if not isinstance(table, (nn.Embedding, nn.EmbeddingBag)) or type(table) not in (nn.Embedding, nn.EmbeddingBag):
+            continue
+        if table.weight.dtype not in (torch.float32, torch.float64):
             continue
         plain = not table.scale_grad_by_freq and table.max_norm is None and getattr(table, "mode", "sum") != "max"
         if plain and table.weight.requires_grad and id(table.weight) not in seen and table.weight.device.type != "cuda":

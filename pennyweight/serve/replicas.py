@@ -25,11 +25,15 @@ from pennyweight.schedule.balance import HotCold, Probe
 from pennyweight.serve.app import App
 
 try:
-    from ray import serve
-    from ray.serve.config import HTTPOptions, RequestRouterConfig
-    from ray.serve.request_router import FIFOMixin, PendingRequest, RequestRouter, RunningReplica
-except ImportError as error:
-    raise ConfigError("serving on a cluster needs Ray Serve: pip install 'pennyweight[ray-serve]'") from error
+    from ray.serve.request_router import FIFOMixin, RequestRouter
+except ImportError:  # said when it is asked for, by ``_serve``
+
+    class FIFOMixin:  # type: ignore[no-redef]
+        """In its place."""
+
+    class RequestRouter:  # type: ignore[no-redef]
+        """In its place."""
+
 
 USUAL = 100
 """Items of the request whose time a replica tells."""
@@ -46,9 +50,7 @@ class Balanced(FIFOMixin, RequestRouter):  # type: ignore[misc]
         self.seed, self.rule = seed, HotCold([], seed)
         self.told: dict[str, int] = {}
 
-    async def choose_replicas(
-        self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None
-    ) -> list[list[RunningReplica]]:
+    async def choose_replicas(self, candidate_replicas: Sequence[Any], pending_request: Any = None) -> list[list[Any]]:
         """The best one first, then the others, should it not take the request."""
         replicas = {str(r.replica_id): r for r in candidate_replicas}
         if not replicas:
@@ -86,7 +88,14 @@ class Replica:
 
 
 def application(bundle: str | Path, replicas: int, store: str = "", allow: Sequence[str] = ()) -> Any:
-    """The service as an application of Ray Serve."""
+    """The service as an application of Ray Serve.
+
+    Raises:
+        ConfigError: Ray Serve is missing.
+    """
+    serve = _serve()
+    from ray.serve.config import RequestRouterConfig
+
     path, names = Path(bundle).absolute(), tuple(allow)
 
     def build() -> App:
@@ -127,10 +136,12 @@ def run(
         replicas: how many; each takes a CPU.
 
     Raises:
-        ConfigError: no such kind of address.
+        ConfigError: no such kind of address, or Ray Serve is missing.
         DeviceError: the cluster is not reached, or the replicas do not start.
     """
-    stop = threading.Event()
+    serve, stop = _serve(), threading.Event()
+    from ray.serve.config import HTTPOptions
+
     with connected(address, replicas + 1):
         serve.start(http_options=HTTPOptions(host=host, port=port))
         try:
@@ -146,3 +157,16 @@ def run(
             pass
         finally:
             serve.shutdown()
+
+
+def _serve() -> Any:
+    """Ray Serve.
+
+    Raises:
+        ConfigError: it is missing.
+    """
+    try:
+        from ray import serve
+    except ImportError as error:
+        raise ConfigError("serving on a cluster needs Ray Serve: pip install 'pennyweight[ray-serve]'") from error
+    return serve

@@ -1,7 +1,6 @@
 """Several machines under Ray Serve: which replica a request goes to; where Ray Serve is not installed, what the error says."""
 
 import asyncio
-import importlib
 import json
 import signal
 import socket
@@ -17,6 +16,7 @@ import pytest
 
 from pennyweight.core.errors import ConfigError
 from pennyweight.model.bundle import Bundle, save
+from pennyweight.serve import replicas
 
 THERE = find_spec("ray") is not None and find_spec("starlette") is not None and find_spec("fastapi") is not None
 needs_serve = pytest.mark.skipif(not THERE, reason="no Ray Serve here: pip install 'pennyweight[ray-serve]'")
@@ -28,9 +28,7 @@ def replica(name: str, inside: float, answer: float, count: int = 1) -> Any:
 
 @needs_serve
 def test_the_quickest_that_is_not_hot_comes_first_and_grows_by_what_it_is_sent() -> None:
-    from pennyweight.serve.replicas import Balanced
-
-    router = object.__new__(Balanced)
+    router = object.__new__(replicas.Balanced)
     router.initialize_state(seed=1)
     slow, busy, free = replica("slow", 0.0, 0.09), replica("busy", 0.5, 0.53), replica("free", 0.0, 0.03)
 
@@ -69,6 +67,5 @@ def test_two_replicas_answer_over_http_until_ctrl_c(cascade: Bundle, tmp_path: P
 
 def test_without_ray_serve_the_error_names_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "ray", None)
-    monkeypatch.delitem(sys.modules, "pennyweight.serve.replicas", raising=False)
     with pytest.raises(ConfigError, match="pennyweight"):
-        importlib.import_module("pennyweight.serve.replicas")
+        replicas.run("bundle", "local")
