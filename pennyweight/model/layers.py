@@ -297,7 +297,7 @@ class FM(nn.Module):
     def __init__(self, fields: int, dim: int) -> None:
         super().__init__()
         self.register_buffer("total", torch.eye(dim).repeat(fields, 1), persistent=False)
-        self.register_buffer("factors", (torch.arange(dim) > 0).float().repeat(fields), persistent=False)
+        self.register_buffer("factors", (torch.arange(dim) > 0).to(self.total.dtype).repeat(fields), persistent=False)
         self.dim = dim
 
     def forward(self, flat: Tensor) -> Tensor:
