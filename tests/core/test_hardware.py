@@ -92,7 +92,7 @@ def test_extras_tell_missing_from_broken(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(hardware.torch, "__version__", "2.13.0")
     by_name = {e.name: e for e in extras()}
     assert by_name["keras"].installed == "3.15" and not by_name["keras"].remedy
-    assert not by_name["ray"].installed and by_name["ray"].remedy == "pip install ray"
+    assert not by_name["ray"].installed and by_name["ray"].remedy == "pip install 'ray[train]'"
     assert by_name["onnxruntime"].remedy.startswith("onnxscript missing: pip install")
     assert "fbgemm-gpu-cpu 1.9.0 does not load beside torch 2.13.0" in by_name["torchrec"].remedy
     found["fbgemm-gpu-cpu"] = "1.8.0"
