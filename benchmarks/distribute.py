@@ -3,7 +3,7 @@
 All on one machine over gloo, so ratios, bytes and equality, no times but the weak scaling's, which is shared cores.
 
 ``exactness/MODEL``: the first 200 steps on the sample, by 2 and 4 workers, every way to hold tables; the largest relative
-difference of a loss from one worker's, and the difference of the AUC (SASRec: NDCG@10) on validation rows. Ranking models are
+difference of a loss from one worker's, and the difference of the AUC (SASRec: NDCG@100) on validation rows. Models are
 trained in float64 for that: in fp32 Adam makes a whole step of a gradient that is all rounding, so that a sum in another
 order parts two trainings as one bit of the first weights does, which is measured beside it (``fp32``, and ``control`` of one
 worker). ``bytes``: what a worker sent in a step, against the least its placement needs, counted from the batches: every
@@ -141,7 +141,7 @@ def task(name: str, folder: Path, quick: bool) -> Task:
     columns = data.schema.columns
     if name == "sasrec":
         data = sequences(data).save(folder / "rows")
-        recipe = Recipe(loss="gbce", metric="ndcg@10", batch=32, lr=5e-3, negatives=64, patience=100, epochs=2 if quick else 3)
+        recipe = Recipe(loss="gbce", metric="ndcg@100", batch=32, lr=5e-3, negatives=64, patience=100, epochs=2 if quick else 3)
         return Task(spec_of(sequential.SASRec, columns=columns, dim=32, heads=2), folder / "rows", recipe)
     dropout = {} if name == "dlrm" else {"dropout": 0.2}
     spec = spec_of(MODELS[name], columns=columns, dim=16, hidden=(64, 64), **dropout)
