@@ -1,4 +1,4 @@
-"""Two "hosts" on one machine train one model, one of their workers is killed on the way, and one process gets the same.
+"""Two "hosts" on one machine train one model, one of their workers is killed on the way, and one worker gets the same.
 
 The hosts are network namespaces with addresses of their own, joined by a virtual cable; nothing else tells them from two
 machines that share a folder. Each is given the same command. Needs Linux, root and iproute2; what it made is gone afterwards.
@@ -29,7 +29,7 @@ WAIT_S = 1200
 
 
 def main() -> None:
-    """Train by two hosts and by one process, and say what came of both."""
+    """Train by two hosts and by one worker, and say what came of both."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--epochs", type=int, default=3)
     parser.add_argument("--keep", type=Path, help="a folder for the runs, left there")
@@ -40,8 +40,9 @@ def main() -> None:
     try:
         with hosts() as names:
             together = cluster(folder, names, given.epochs)
-        print("now one process, for comparison", flush=True)
+        print("now one worker, for comparison", flush=True)
         command = [sys.executable, "-m", "pennyweight", *TRAIN, "--epochs", str(given.epochs), "--out", str(folder / "alone")]
+        command += ["--workers", "1"]  # a process that trains by itself computes hidden layers at once, and rounds otherwise
         subprocess.run(command, check=True)
         compare(together, folder / "alone")
     finally:
@@ -112,7 +113,7 @@ def compare(one: Path, other: Path) -> None:
         print(f"epoch {mine.epoch}: loss {mine.loss:.7f} and {theirs.loss:.7f}, AUC {mine.metric:.5f} and {theirs.metric:.5f}")
     apart = max((left.model.state[k].double() - v.double()).abs().max().item() for k, v in right.model.state.items())
     worst = max(abs(m.loss - t.loss) / t.loss for m, t in zip(a.epochs, b.epochs, strict=True))
-    print(f"two hosts, a worker killed, and one process: losses {worst:.1e} apart, weights {apart:.1e}")
+    print(f"two hosts, a worker killed, and one worker alone: losses {worst:.1e} apart, weights {apart:.1e}")
     if worst > 1e-5 or any(round(m.metric, 4) != round(t.metric, 4) for m, t in zip(a.epochs, b.epochs, strict=True)):
         sys.exit("they are not the same")
 

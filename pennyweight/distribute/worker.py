@@ -9,7 +9,8 @@ workers that are started again see it and end at once; a lost peer is none, and 
       progress.jsonl    what rank 0 has to tell
       stop              somebody wants it to stop
       error.json        why it cannot go on
-      tries.json        the last checkpoint each start found
+      starts.json       starts since all workers met
+      tries.json        the last checkpoint that each start found in which they met
       rank-0.pid …      the processes
       best/             the best weights so far, where memory is limited
       fitted/           the trained model and its record, as blocks
@@ -53,7 +54,9 @@ from pennyweight.model.train import EpochLog, Progress, Recipe
 PORT = 29400
 """Where hosts meet, if the address file does not say."""
 TRIES = 4
-"""Starts in a row that may find no newer checkpoint than the one before."""
+"""Starts in a row, of those in which all workers met, that may find no newer checkpoint than the one before."""
+STARTS = 20
+"""Starts in a row in which they may not meet."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -163,7 +166,8 @@ def _work(home: Path, job: Job) -> None:
     torch.set_num_threads(max(1, hardware.limits()[0] // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
     rank = int(os.environ["RANK"])
     write(home / f"rank-{rank}.pid", str(os.getpid()))
-    _tried(home, rank)
+    if rank == 0:
+        _started(home)
     try:
         dist.init_process_group("gloo", timeout=wait)
     except (RuntimeError, dist.DistError) as error:
@@ -171,6 +175,8 @@ def _work(home: Path, job: Job) -> None:
     data = Dataset.open(job.data)
     parts = data.split(job.split, job.fractions, job.seed)
     _same(job, data)
+    if rank == 0:
+        _tried(home)
     replicas = _replicas(job)
     wires = Wires(replicas, wait)
     guard = contextlib.ExitStack()
@@ -275,14 +281,32 @@ def _same(job: Job, data: Dataset) -> None:
             raise ConfigError(rest[name])
 
 
-def _tried(home: Path, rank: int) -> None:
-    """Count this start, and give up where starts in a row came no further.
+def _started(home: Path) -> None:
+    """Count this start, and give up where workers did not meet again and again.
+
+    Where hosts start theirs anew out of step, and slowly, some starts are over before all are there: those are no sign that
+    the training ends its workers.
 
     Raises:
         DeviceError: they did not.
     """
-    if rank:
-        return
+    file = home / "starts.json"
+    count = 1 + (json.loads(file.read_text()) if file.exists() else 0)
+    write(file, json.dumps(count))
+    if count > STARTS:
+        raise DeviceError(
+            f"workers were started {STARTS} times in a row and did not meet; look for what ends them before they have begun, "
+            "or give them more time (--timeout)"
+        )
+
+
+def _tried(home: Path) -> None:
+    """Count a start in which all workers met, and give up where such starts in a row came no further.
+
+    Raises:
+        DeviceError: they did not.
+    """
+    (home / "starts.json").unlink(missing_ok=True)
     file = home / "tries.json"
     found: list[int] = json.loads(file.read_text()) if file.exists() else []
     found.append(checkpoint.newest(home / "checkpoint"))
