@@ -93,7 +93,7 @@ def train(
     here = place(hosts)
     folder.mkdir(parents=True, exist_ok=True)
     if here == 0:
-        old = [folder / name for name in ("error.json", "stop", "progress.jsonl", "starts.json", "tries.json")]
+        old = [folder / name for name in ("error.json", "stop", "progress.jsonl", "meeting.json", "starts.json", "tries.json")]
         for file in (*old, *folder.glob("rank-*.pid")):
             file.unlink(missing_ok=True)
         shutil.rmtree(folder / "fitted", ignore_errors=True)

@@ -9,6 +9,7 @@ workers that are started again see it and end at once; a lost peer is none, and 
       progress.jsonl    what rank 0 has to tell
       stop              somebody wants it to stop
       error.json        why it cannot go on
+      meeting.json      where the workers of this start meet
       starts.json       starts since all workers met
       tries.json        the last checkpoint that each start found in which they met
       rank-0.pid …      the processes
@@ -25,10 +26,12 @@ import hashlib
 import json
 import os
 import signal
+import socket
 import sys
 import threading
 import time
 import traceback
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -36,6 +39,7 @@ import psutil
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch._C._distributed_c10d import Store, TCPStore
 
 from pennyweight.core import cluster, errors, hardware, memory
 from pennyweight.core.config import dumps, encode, loads, write
@@ -169,7 +173,8 @@ def _work(home: Path, job: Job) -> None:
     if rank == 0:
         _started(home)
     try:
-        dist.init_process_group("gloo", timeout=wait)
+        world = int(os.environ["WORLD_SIZE"])
+        dist.init_process_group("gloo", store=_meeting(home, rank, world, wait), rank=rank, world_size=world, timeout=wait)
     except (RuntimeError, dist.DistError) as error:
         raise Lost(f"the other workers were not met within {job.many.timeout_s:g} s (--timeout): {error}") from error
     data = Dataset.open(job.data)
@@ -279,6 +284,41 @@ def _same(job: Job, data: Dataset) -> None:
                 "job": f"rank {other} was given another command than rank 0; run the same one on all hosts",
             }
             raise ConfigError(rest[name])
+
+
+def _meeting(home: Path, rank: int, world: int, wait: datetime.timedelta) -> Store:
+    """Where the workers of this start meet: a store of the first one, told in a file of the folder.
+
+    The agents' own store is one for all starts, and tells them apart by how often each host has restarted. Hosts that do so out
+    of step then find addresses of workers that are gone, fail at once, and stay out of step for ever. Here the others wait
+    for a first one that is there, and has not seen their rank yet.
+
+    Raises:
+        RuntimeError: it did not come in time.
+    """
+    file, end = home / "meeting.json", time.monotonic() + wait.total_seconds()
+    if rank == 0:
+        name = os.environ.get("GLOO_SOCKET_IFNAME", "lo")
+        own = psutil.net_if_addrs().get(name, [])
+        address = next((a.address for a in own if a.family == socket.AF_INET), "127.0.0.1")
+        store = TCPStore(address, 0, is_master=True, timeout=wait, wait_for_workers=False)
+        nonce = uuid.uuid4().hex
+        store.set("nonce", nonce)
+        write(file, json.dumps({"address": address, "port": store.port, "world": world, "nonce": nonce}))
+        return store
+    soon = datetime.timedelta(seconds=min(5.0, wait.total_seconds()))
+    while time.monotonic() < end:
+        with contextlib.suppress(OSError, ValueError, KeyError, RuntimeError, dist.DistError):
+            told = json.loads(file.read_bytes())
+            if told["world"] == world:
+                with socket.create_connection((told["address"], told["port"]), soon.total_seconds()):
+                    pass  # a store that is gone is known at once so, and not after the store's own tries
+                store = TCPStore(told["address"], told["port"], is_master=False, timeout=soon)
+                if store.get("nonce").decode() == told["nonce"] and store.add(f"rank-{rank}", 1) == 1:
+                    store.set_timeout(wait)
+                    return store
+        time.sleep(0.05)
+    raise RuntimeError(f"the first worker was not there within {wait.total_seconds():g} s: timed out")
 
 
 def _started(home: Path) -> None:
