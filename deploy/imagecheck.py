@@ -151,7 +151,7 @@ def main() -> None:
     asked.add_argument("--bundle", type=Path, help="what to serve; runs/demo/best, or one trained by the image, by default")
     asked.add_argument(
         "--torch-index",
-        help="where PyTorch's wheels are; by default where this machine's pip is told to look, or the Dockerfile's own",
+        help="where PyTorch's wheels are; the Dockerfile's own by default",
     )
     asked.add_argument("--inside", type=Path, help=argparse.SUPPRESS)
     given = asked.parse_args()
@@ -173,10 +173,10 @@ def check(folder: Path, bundle: Path | None, torch_index: str | None) -> None:
     _say("hadolint has nothing to say")
     suite, python = base((ROOT / "Dockerfile").read_text())
     builder = Builder(folder)
-    settings, volumes = lent(folder)
+    _, volumes = lent(folder)
     builder.base(suite, python)
     _say(f"a fresh Debian {suite} stands in for python:{python}")
-    made = builder.build(volumes, torch_index or settings.get("index-url"))
+    made = builder.build(volumes, torch_index)
     config = made["Docker"]["config"]
     _say(f"built; user {config['User']}, command {' '.join(config['Cmd'])}")
     service = Service(builder, config, bundle or trained(builder, folder))

@@ -280,17 +280,17 @@ def test_selectors_find_their_pods() -> None:
 def test_the_machines_pip_is_lent_with_the_folders_it_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "wheels").mkdir()
     (tmp_path / "index" / "simple").mkdir(parents=True)
-    config = f"[global]\nindex-url = file://{tmp_path}/index/simple\nconstraint = {tmp_path}/none.txt\n"
+    config = f"[global]\nproxy = file://{tmp_path}/index/simple\nconstraint = {tmp_path}/none.txt\n"
     (tmp_path / "own.conf").write_text(config)
     monkeypatch.setenv("PIP_CONFIG_FILE", str(tmp_path / "own.conf"))
     monkeypatch.setenv("PIP_FIND_LINKS", f"{tmp_path}/wheels {tmp_path}/gone")
     settings, volumes = imagecheck.lent(tmp_path)
-    assert settings["index-url"] == f"file://{tmp_path}/index/simple" and settings["find-links"].startswith(str(tmp_path))
+    assert settings["proxy"] == f"file://{tmp_path}/index/simple" and settings["find-links"].startswith(str(tmp_path))
     for folder in ("index", "wheels"):  # an index links to its siblings
         assert f"{tmp_path}/{folder}:{tmp_path}/{folder}:ro" in volumes
     assert not any("gone" in volume or "none.txt" in volume for volume in volumes)
     written = (tmp_path / "pip.conf").read_text()
-    assert "index-url = " in written and "constraint" not in written, "the Dockerfile has constraints of its own"
+    assert "proxy = " in written and "constraint" not in written, "the Dockerfile has constraints of its own"
 
 
 @pytest.mark.parametrize("base", ["python:latest", "python:3.11-slim-bookworm", "debian:12@sha256:" + "0" * 64])
