@@ -2,9 +2,9 @@
 
 What a worker does is what it does under ``torchrun`` (``distribute/worker``), in a process of its own: Ray Train calls its
 function in a thread of an actor, where no signal can be caught and where a limit on memory would be the actor's. The process
-ends with the actor, whatever ends that, since it reads a pipe that the actor holds. Where workers meet is told by the first one
-through Ray. Checkpoints, progress and errors go through the folder of the training, as on several hosts; the cluster's machines
-and the one that gives the command see it under one path, and have this package installed.
+ends with the actor, whatever ends that, since it reads a pipe that the actor holds. Meetings, checkpoints, progress and errors
+go through the folder of the training, as on several hosts; the cluster's machines and the one that gives the command see it
+under one path, and have this package installed.
 
 The driver runs inside the cluster, as a task without a processor, so that a client far away and a machine of the cluster are
 the same.
@@ -13,7 +13,6 @@ the same.
 from __future__ import annotations
 
 import os
-import socket
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -71,16 +70,13 @@ def _drive(workers: int, least: int, restarts: int, folder: str) -> None:
 def _worker(config: Mapping[str, Any]) -> None:
     """One of Ray Train's workers: a process as ``torchrun`` would start it."""
     import ray
-    from ray.train.collective import broadcast_from_rank_zero
 
     context = ray.train.get_context()
     rank, folder = context.get_world_rank(), Path(config["folder"])
-    address = ray.util.get_node_ip_address()
-    first = broadcast_from_rank_zero([address, _free(address)] if rank == 0 else None)
     own = {
         "RANK": rank, "WORLD_SIZE": context.get_world_size(), "LOCAL_RANK": context.get_local_rank(),
-        "LOCAL_WORLD_SIZE": context.get_local_world_size(), "MASTER_ADDR": first[0], "MASTER_PORT": first[1],
-        "GLOO_SOCKET_IFNAME": worker.interface(address), "OMP_NUM_THREADS": "",
+        "LOCAL_WORLD_SIZE": context.get_local_world_size(),
+        "GLOO_SOCKET_IFNAME": worker.interface(ray.util.get_node_ip_address()), "OMP_NUM_THREADS": "",
     }  # fmt: skip
     env = {k: v for k, v in (os.environ | {k: str(v) for k, v in own.items()}).items() if v}
     command = [sys.executable, "-m", "pennyweight.distribute.worker", str(folder), str(folder / "job.json")]
@@ -88,13 +84,6 @@ def _worker(config: Mapping[str, Any]) -> None:
     status = process.wait()
     if status and worker.told(folder) is None:
         raise RuntimeError(f"worker {rank} ended with status {status}")
-
-
-def _free(address: str) -> int:
-    with socket.socket() as probe:
-        probe.bind((address, 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 def _line(error: BaseException) -> str:
