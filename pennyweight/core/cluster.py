@@ -1,7 +1,7 @@
 """A connection to a Ray cluster, which training and serving place their processes on.
 
 An address is ``ray://HOST:PORT`` (a client, also from far away), ``auto`` (this machine is part of a cluster) or ``local``,
-which starts a cluster of this machine. Ray is an extra, and is imported here alone.
+which starts a cluster of this machine. Ray is an extra; whoever uses it connects here first.
 """
 
 from __future__ import annotations
