@@ -491,10 +491,15 @@ PEERS = {
     "litserve": Peer("/predict", b'{"input": 1}', _alike(Setting(10, ("1",)), Setting(2, ("1",))), ready_s=6.0),
     "bento": Peer("/predict", b'{"inputs": [1]}', _alike(Setting(60_000), Setting(50), Setting(200)), ready_s=10.0),
     "rayserve": Peer("/", b"1", _alike(Setting(10, ("5",)), Setting(2, ("64",))), ready_s=2.0),
+    "triton": Peer(
+        "/v2/models/device/infer", b'{"inputs": [{"name": "x", "shape": [1, 1], "datatype": "INT32", "data": [1]}]}',
+        _alike(Setting(0, ("0",)), Setting(2, ("0",)), Setting(2, ("120",))), ready_s=5.0,
+    ),
 }  # fmt: skip
 """mosec's wait is 10 ms unless told otherwise; 2 ms and, under overload, a queue of 40 were the best of what was tried.
 LitServe and Ray Serve wait as long as they are told (their own default is to join nothing, with which they answer a tenth of
-it); Ray Serve lets 5 requests into a replica unless told otherwise. BentoML's number is the latency it aims at."""
+it); Ray Serve lets 5 requests into a replica unless told otherwise. BentoML's number is the latency it aims at. Triton joins what waits when a worker is
+free; told so, it refuses what waited longer than its last number."""
 
 
 @contextmanager
@@ -556,7 +561,7 @@ def peer(id: str, name: str, how: str) -> Callable[[Options], Row]:
 
 def version(name: str) -> str:
     """A peer's, as its environment says."""
-    package = {"bento": "bentoml", "rayserve": "ray"}.get(name, name)
+    package = {"bento": "bentoml", "rayserve": "ray", "triton": "nvidia-pytriton"}.get(name, name)
     ask = f"import importlib.metadata; print(importlib.metadata.version({package!r}))"
     python = str(VENVS[0] / name / "bin" / "python")
     return subprocess.run([python, "-c", ask], capture_output=True, text=True, check=True).stdout.strip()

@@ -58,15 +58,15 @@ class Connection(asyncio.Protocol):
         end = self.buffer.find(b"\r\n\r\n")
         if end < 0:
             return
-        start = self.buffer.find(b"content-length: ", 0, end)
+        head = self.buffer[: end + 2].lower()
+        start = head.find(b"content-length: ")
         assert start > 0, "an answer without its length"
-        stop = self.buffer.find(b"\r\n", start)
-        size = int(self.buffer[start + 16 : stop])
+        size = int(head[start + 16 : head.find(b"\r\n", start)])
         if len(self.buffer) < end + 4 + size:
             return
         assert len(self.buffer) == end + 4 + size and self.place >= 0, "an answer nobody asked for"
         status, body = int(self.buffer[9:12]), bytes(self.buffer[end + 4 :])
-        closing = b"\r\nconnection: close" in self.buffer[:end]
+        closing = b"\r\nconnection: close" in head
         self.buffer.clear()
         place, self.place = self.place, -1
         if closing:

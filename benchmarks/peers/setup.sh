@@ -18,10 +18,11 @@ packages() {
     recbole) echo torch==2.13.0 recbole==1.2.1 numpy==1.26.4 "pandas<2.3" "scipy<1.14" "setuptools<81" ;;
     torchrec) echo torch==2.13.0 numpy==2.4.6 cloudpickle packaging pyyaml tqdm ;;
     mosec) echo mosec==0.9.8 ;;
-    litserve) echo litserve ;;
-    bento) echo bentoml ;;
-    rayserve) echo "ray[serve]" ;;
-    *) echo "no peer $1; there are: onnxruntime openvino torch neural keras rechub fuxictr recbole torchrec mosec" >&2; exit 1 ;;
+    litserve) echo litserve==0.2.19 ;;
+    bento) echo bentoml==1.4.40 ;;
+    rayserve) echo "ray[serve]==2.60.0" ;;
+    triton) echo nvidia-pytriton==0.7.0 ;;
+    *) echo "no peer $1; there are: onnxruntime openvino torch neural keras rechub fuxictr recbole torchrec mosec litserve bento rayserve triton" >&2; exit 1 ;;
   esac
 }
 
@@ -34,9 +35,11 @@ alone() {
   esac
 }
 
-for peer in ${@:-onnxruntime openvino torch neural keras rechub fuxictr recbole torchrec mosec}; do
+for peer in ${@:-onnxruntime openvino torch neural keras rechub fuxictr recbole torchrec mosec litserve bento rayserve triton}; do
   wanted=$(packages "$peer")
-  [ -d "$folder/$peer" ] || "$python" -m venv "$folder/$peer"
+  # Triton carries an interpreter that fits Debian's library alone.
+  [ "$peer" = triton ] && made=${TRITON_PYTHON:-/usr/bin/python3} || made=$python
+  [ -d "$folder/$peer" ] || "$made" -m venv "$folder/$peer"
   # shellcheck disable=SC2086  # several packages
   "$folder/$peer/bin/python" -m pip install --quiet $wanted
   # shellcheck disable=SC2046
