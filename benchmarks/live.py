@@ -15,6 +15,7 @@ import random
 import statistics
 import subprocess
 import sys
+import sysconfig
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -498,8 +499,8 @@ PEERS = {
 }  # fmt: skip
 """mosec's wait is 10 ms unless told otherwise; 2 ms and, under overload, a queue of 40 were the best of what was tried.
 LitServe and Ray Serve wait as long as they are told (their own default is to join nothing, with which they answer a tenth of
-it); Ray Serve lets 5 requests into a replica unless told otherwise. BentoML's number is the latency it aims at. Triton joins what waits when a worker is
-free; told so, it refuses what waited longer than its last number."""
+it); Ray Serve lets 5 requests into a replica unless told otherwise. BentoML's number is the latency it aims at. Triton
+joins what waits when a worker is free; told so, it refuses what waited longer than its last number."""
 
 
 @contextmanager
@@ -650,7 +651,7 @@ def held(process: Process, policy: Policy, kind: str, seed: int, quick: bool, pe
             best = rate, told([(found, done)])
         return done.on_time >= 0.99
 
-    rate = 100.0
+    rate = 25.0
     while rate < 20_000 and well(rate):
         rate *= 2.0
     low, high = rate / 2, rate
@@ -662,12 +663,12 @@ def held(process: Process, policy: Policy, kind: str, seed: int, quick: bool, pe
 
 @contextmanager
 def scoring(name: str, folder: Path, setting: Setting, batch: int) -> Iterator[Process]:
-    """A peer over a real bundle: in our environment, with the peer's packages behind ours."""
-    peer, port = PEERS[name], free()
-    packages = next((VENVS[0] / name / "lib").glob("python*/site-packages"))
-    env = os.environ | {"BENCH_BUNDLE": str(folder), "BENCH_PACKAGES": str(packages), "OMP_NUM_THREADS": "1"}
+    """A peer over a real bundle: in its environment, with our packages behind its own."""
+    peer, port, python = PEERS[name], free(), VENVS[0] / name / "bin" / "python"
+    packages = sysconfig.get_path("purelib")
+    env = os.environ | {"BENCH_BUNDLE": str(folder), "BENCH_PACKAGES": packages, "OMP_NUM_THREADS": "1"}
     what = [0, 0, WORKERS, batch, setting.wait_ms]
-    command = [sys.executable, "-m", f"benchmarks.peers.{name}", *map(str, what), *peer.told(setting, port)]
+    command = [str(python), "-m", f"benchmarks.peers.{name}", *map(str, what), *peer.told(setting, port)]
     with Process(command, port=port, cwd=Path(__file__).parents[1], env=env) as process:
         time.sleep(3 * peer.ready_s)
         few = Load(rate=20.0, seconds=1.0, seed=99).draw()

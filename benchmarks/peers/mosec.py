@@ -2,8 +2,8 @@
 
 Run in an environment of its own as ``python -m benchmarks.peers.mosec FIXED_MS REQUEST_MS WORKERS BATCH WAIT_MS --port N``
 and mosec's own options (``--capacity``, ``--timeout``): bodies in, bodies out, batched as it does. With the folder of a bundle
-in ``BENCH_BUNDLE`` its workers score by what our service scores by, one thread each; that runs in our environment, which then
-finds mosec in the folder that ``BENCH_PACKAGES`` names.
+in ``BENCH_BUNDLE`` its workers score by what our service scores by, one thread each; what that needs is found in the
+folder of packages that ``BENCH_PACKAGES`` names, behind the peer's own.
 """
 
 import os
@@ -14,9 +14,13 @@ sys.path += filter(None, [os.environ.get("BENCH_PACKAGES")])
 
 from mosec import Server, Worker
 
-FIXED_S, REQUEST_S = (float(value) / 1000 for value in sys.argv[1:3])
-WORKERS, BATCH = (int(value) for value in sys.argv[3:5])
-WAIT_MS = int(sys.argv[5])
+NAMES = ("FIXED_MS", "REQUEST_MS", "WORKERS", "BATCH", "WAIT_MS")
+if __name__ == "__main__":
+    # mosec reads the command line too, and its workers import this file again.
+    os.environ |= dict(zip(NAMES, sys.argv[1:6], strict=True))
+    del sys.argv[1:6]
+FIXED_S, REQUEST_S = float(os.environ["FIXED_MS"]) / 1000, float(os.environ["REQUEST_MS"]) / 1000
+WORKERS, BATCH, WAIT_MS = (int(os.environ[name]) for name in NAMES[2:])
 
 
 class Raw(Worker):
@@ -66,7 +70,6 @@ class Scorer(Raw):
 
 
 if __name__ == "__main__":
-    del sys.argv[1:6]
     server = Server()
     # One at a time is mosec's way without batches; it hands over no list then.
     server.append_worker(
