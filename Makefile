@@ -76,7 +76,7 @@ browser-example: .venv/stamp | runs/demo/best ## build examples/browser/site: di
 image-check: .venv/stamp ## run the Dockerfile in a fresh Debian root and ask its service (root, debootstrap, buildah)
 	$(BIN)/python deploy/imagecheck.py $(ARGS)
 
-cluster-demo: .venv/stamp ## two hosts in network namespaces train one model, a worker is killed (root, iproute2)
+cluster-demo: .venv/stamp ## two hosts in network namespaces train one model, a worker is killed, and it does not show (root, iproute2)
 	$(BIN)/python deploy/clusterdemo.py $(ARGS)
 
 .venv/ray: .venv/stamp

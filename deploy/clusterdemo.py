@@ -1,4 +1,4 @@
-"""Two "hosts" on one machine train one model, one of their workers is killed on the way, and one worker gets the same.
+"""Two "hosts" on one machine train one model, one of their workers is killed on the way, and the model does not show it.
 
 The hosts are network namespaces with addresses of their own, joined by a virtual cable; nothing else tells them from two
 machines that share a folder. Each is given the same command. Needs Linux, root and iproute2; what it made is gone afterwards.
@@ -29,7 +29,7 @@ WAIT_S = 1200
 
 
 def main() -> None:
-    """Train by two hosts and by one worker, and say what came of both."""
+    """Train by two hosts, by two undisturbed workers of one, and by one worker, and say what came of each."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--epochs", type=int, default=3)
     parser.add_argument("--keep", type=Path, help="a folder for the runs, left there")
@@ -40,11 +40,15 @@ def main() -> None:
     try:
         with hosts() as names:
             together = cluster(folder, names, given.epochs)
-        print("now one worker, for comparison", flush=True)
-        command = [sys.executable, "-m", "pennyweight", *TRAIN, "--epochs", str(given.epochs), "--out", str(folder / "alone")]
-        command += ["--workers", "1"]  # a process that trains by itself computes hidden layers at once, and rounds otherwise
-        subprocess.run(command, check=True)
+        command = [sys.executable, "-m", "pennyweight", *TRAIN, "--epochs", str(given.epochs), "--placement", "row"]
+        for workers, name in (("2", "undisturbed"), ("1", "alone")):
+            print(f"now {workers} on this machine, nobody killed", flush=True)
+            subprocess.run([*command, "--workers", workers, "--out", str(folder / name)], check=True)
+        worst = compare(together, folder / "undisturbed")
+        # Sums in another order round otherwise, which a long training in fp32 makes visible: told, and no failure.
         compare(together, folder / "alone")
+        if worst > 0:
+            sys.exit("two hosts with a worker killed and two undisturbed workers did not get the same model")
     finally:
         if given.keep is None:
             shutil.rmtree(folder, ignore_errors=True)
@@ -106,16 +110,15 @@ def await_epoch(file: Path, epoch: int, running: list[subprocess.Popen[bytes]]) 
     sys.exit(f"no second epoch within {WAIT_S} s")
 
 
-def compare(one: Path, other: Path) -> None:
-    """Print losses, metrics and the largest difference of a weight; fail where they are not the same."""
+def compare(one: Path, other: Path) -> float:
+    """Print losses, metrics and the largest difference of a weight, which is given back."""
     (a, left, *_), (b, right, *_) = open_run(one), open_run(other)
     for mine, theirs in zip(a.epochs, b.epochs, strict=True):
         print(f"epoch {mine.epoch}: loss {mine.loss:.7f} and {theirs.loss:.7f}, AUC {mine.metric:.5f} and {theirs.metric:.5f}")
     apart = max((left.model.state[k].double() - v.double()).abs().max().item() for k, v in right.model.state.items())
     worst = max(abs(m.loss - t.loss) / t.loss for m, t in zip(a.epochs, b.epochs, strict=True))
-    print(f"two hosts, a worker killed, and one worker alone: losses {worst:.1e} apart, weights {apart:.1e}")
-    if worst > 1e-5 or any(round(m.metric, 4) != round(t.metric, 4) for m, t in zip(a.epochs, b.epochs, strict=True)):
-        sys.exit("they are not the same")
+    print(f"two hosts, a worker killed, and {other.name}: losses {worst:.1e} apart, weights {apart:.1e}", flush=True)
+    return apart
 
 
 def ip(*words: str) -> None:
