@@ -417,10 +417,10 @@ def calibration(options: Options) -> Sequence[Row]:
     }
     points, tails, notes = [], [], []
     for name, (policy, draw) in cases.items():
+        fleet = Fleet(workers=WORKERS, noise=0.02, overhead_s=overhead(policy))
         for s in seeds(options):
             trace = draw(s)
             found, done = live(policy, trace)
-            fleet = Fleet(workers=WORKERS, noise=0.02, overhead_s=overhead(policy))
             guess = simulate(policy, trace, fleet, seed=s)
             points.append(100 * abs(done.on_time - guess.on_time))
             tails.append(abs(guess.percentile(99) / done.percentile(99) - 1))
@@ -437,7 +437,7 @@ def calibration(options: Options) -> Sequence[Row]:
 
 def overhead(policy: Policy) -> float:
     """Seconds that a request takes beyond its forward where nothing waits: what the simulator does not know by itself."""
-    trace = single(5.0, 6.0, 7)
+    trace = single(10.0, 15.0, 7)
     with served(policy) as (process, _):
         warm(process, policy)
         found: Live = run(replay(process.host, process.port, trace, asks(trace, ITEMS)))
