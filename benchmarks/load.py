@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import collections
+import contextlib
 import dataclasses
 import os
 import re
@@ -313,12 +314,18 @@ class Process:
         return self
 
     def __exit__(self, *_: object) -> None:
+        family = list[psutil.Process]()
+        with contextlib.suppress(psutil.NoSuchProcess):
+            family += psutil.Process(self.process.pid).children(recursive=True)
         self.process.send_signal(signal.SIGTERM)
         try:
             self.process.communicate(timeout=60)
         except subprocess.TimeoutExpired:
             self.process.kill()
             self.process.communicate()
+        for left in psutil.wait_procs(family, timeout=5)[1]:  # a peer's workers may outlive it, and work on
+            with contextlib.suppress(psutil.NoSuchProcess):
+                left.kill()
 
     def workers(self) -> list[psutil.Process]:
         """The processes that score, the oldest first: the last one is the spare."""

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from pennyweight.core.errors import DeviceError
 from pennyweight.data.schema import Column
-from pennyweight.distribute.crew import Crew
+from pennyweight.distribute.crew import Crew, Wires
 from pennyweight.distribute.workload import Update, columns_of, probe
 from pennyweight.model import losses, team
 from pennyweight.model.placement import Placement, span
@@ -158,10 +158,14 @@ def _perform(rank: int, size: int, store: str, orders: Any, answers: Any, timeou
     torch.set_num_threads(1)
     wait = datetime.timedelta(seconds=timeout_s)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=size, timeout=wait)
+    wires: dict[int, Wires] = {}  # by replicas: groups have threads of their own, and hundreds of placements are tried
     try:
         while (trial := orders.get()) is not None:
             try:
-                answers.put((rank, _tried(trial, rank, size, wait)))
+                replicas = trial.placement.replicas
+                if replicas not in wires:
+                    wires[replicas] = Wires(replicas, wait)
+                answers.put((rank, _tried(trial, rank, size, wires[replicas])))
             except Exception as error:
                 traceback.print_exc()
                 answers.put((rank, f"{type(error).__name__}: {error}"))
@@ -170,9 +174,9 @@ def _perform(rank: int, size: int, store: str, orders: Any, answers: Any, timeou
         dist.destroy_process_group()
 
 
-def _tried(trial: Trial, rank: int, size: int, wait: datetime.timedelta) -> dict[str, Any]:
+def _tried(trial: Trial, rank: int, size: int, wires: Wires) -> dict[str, Any]:
     module = seeded(trial.spec, trial.seed, trial.allow).train()
-    crew = Crew(module, trial.placement, timeout=wait)
+    crew = Crew(module, trial.placement, wires=wires)
     recipe = Recipe(batch=trial.batch, tables=trial.update)
     loss = losses.row_loss(module, "bce", LABEL, trial.spec.inputs, 0.0, 1.0)
     start, stop = span(trial.batch, size, rank)

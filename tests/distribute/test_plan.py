@@ -5,6 +5,7 @@ import json
 import math
 from pathlib import Path
 
+import psutil
 import pytest
 from typer.testing import CliRunner
 
@@ -206,6 +207,16 @@ def test_a_plan_is_told_beside_what_was_measured(stage: rehearse.Stage) -> None:
     assert any(line.startswith("measured: a step of") and "predicted" in line for line in said)
     assert shown.summary(made, (), measured)["measured"]["step"] == measured.step
     assert "measured in a rehearsal" in shown.page(made, (), measured)
+
+
+def test_a_stage_holds_no_more_after_many_placements() -> None:
+    """Groups of workers have threads, which hundreds of placements would leave behind."""
+    with rehearse.Stage(2) as opened:
+        threads = []
+        for _ in range(3):
+            opened.measure(rehearse.Trial.of(SPEC, Placement(2), 64, steps=1, warmup=0))
+            threads.append([psutil.Process(p.pid).num_threads() for p in opened.processes])
+    assert threads[0] == threads[1] == threads[2]
 
 
 def test_what_fails_in_a_worker_is_said_here() -> None:
