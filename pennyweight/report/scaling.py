@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 from rich.table import Table
 
 from pennyweight.core.budget import size
@@ -51,7 +52,8 @@ def talk(scaled: Scaled) -> Draw:
                 found.append({"model": name, "workers": p.workers, "part": part, "ms": max(ms, 1e-3), "tip": tip})
         at = crossing(points)
         if math.isfinite(at):
-            ms = points[0].step.compute * 1e3
+            logs = np.log([[p.workers, p.step.compute * 1e3] for p in points])
+            ms = float(np.exp(np.interp(math.log(at), *logs.T)))  # lines between sizes are straight in logarithms
             marks.append(
                 {"model": name, "workers": at, "ms": ms, "tip": f"{name}: exchange overtakes compute at about {at:.0f}"}
             )

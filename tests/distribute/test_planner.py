@@ -21,6 +21,7 @@ from pennyweight.model.placement import Placement
 from pennyweight.model.ranking import DNN
 from pennyweight.model.spec import Model, build, spec_of
 from pennyweight.model.transform import Env
+from pennyweight.report import scaling
 
 RATES = Rates(4e9, 4e7, 8e9, 8)
 
@@ -266,6 +267,19 @@ def test_exchange_overtakes_compute_where_the_curves_cross() -> None:
     after = next(p for p in points if p.workers >= at)
     assert after.step.exchange >= after.step.compute
     assert math.isinf(scale.crossing(points[:0]))
+
+
+def test_the_mark_lies_where_the_curves_cross_when_a_step_is_parted() -> None:
+    alt = pytest.importorskip("altair")
+    work = small(5).replace(batch=4096)
+    points = scale.simulate(work, topology(4, between=Link(2000, 1e7)), (2, 4, 8, 16, 32), strong=True)
+    at = scale.crossing(points)
+    assert 2 < at < 32
+    drawn = scaling.talk({"m": points})(alt).to_dict()
+    (mark,) = (value for layer in drawn["layer"] for value in layer.get("data", {}).get("values", ()) if "part" not in value)
+    compute = [p.step.compute * 1e3 for p in points]
+    above = next(k for k, p in enumerate(points) if p.workers >= at)
+    assert mark["workers"] == at and compute[above] <= mark["ms"] <= compute[above - 1] < compute[0]
 
 
 def test_hosts_that_hold_everything_scale_further_in_groups() -> None:
