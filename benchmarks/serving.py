@@ -167,7 +167,7 @@ def decision(options: Options) -> Sequence[Row]:
             busy = dataclasses.replace(policy, deadline_ms=6e6, classes=classes, tenants=tenants)
             times = np.array(decisions(busy, 8, 1000, rounds, s))
             tails.append(float(1e6 * np.percentile(times, 99)))
-            rates.append(len(times) / times.sum())
+            rates.append(float(len(times) / times.sum()))
         note = f"pure computation: 8 workers, 3 classes, quotas, {what}; `offer` and `dispatch` each, learning apart"
         rows.append(spread(id, "p99_us", tails, note, 50.0, most=True))
         rows.append(spread(id, "per_second", rates, "pure computation: the same decisions in one process", 20_000.0))
