@@ -50,7 +50,7 @@ class Row:
     @property
     def holds(self) -> bool:
         """Whether the bar is met; a row without one holds."""
-        return self.bar is None or (self.value <= self.bar if self.at_most else self.value >= self.bar)
+        return self.bar is None or bool(self.value <= self.bar if self.at_most else self.value >= self.bar)
 
 
 @dataclasses.dataclass(frozen=True)

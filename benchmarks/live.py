@@ -506,11 +506,18 @@ joins what waits when a worker is free; told so, it refuses what waited longer t
 @contextmanager
 def beside(name: str, policy: Policy, setting: Setting) -> Iterator[Process]:
     """A peer over the device that the policy's curve says."""
-    curve, peer, port = policy.variants[0].costs["cpu"], PEERS[name], free()
-    what = [curve.fixed_ms, curve.request_ms, WORKERS, policy.batch, setting.wait_ms]
-    python = str(VENVS[0] / name / "bin" / "python")
-    command = [python, "-m", f"benchmarks.peers.{name}", *map(str, what), *peer.told(setting, port)]
-    with Process(command, port=port, cwd=Path(__file__).parents[1]) as process:
+    curve = policy.variants[0].costs["cpu"]
+    with started(name, setting, curve.fixed_ms, curve.request_ms, policy.batch) as process:
+        yield process
+
+
+@contextmanager
+def started(name: str, setting: Setting, fixed_ms: float, request_ms: float, batch: int, **env: str) -> Iterator[Process]:
+    """A peer's script in the peer's environment, with more variables."""
+    peer, port = PEERS[name], free()
+    what = [fixed_ms, request_ms, WORKERS, batch, setting.wait_ms]
+    command = [str(python(name)), "-m", f"benchmarks.peers.{name}", *map(str, what), *peer.told(setting, port)]
+    with Process(command, port=port, cwd=Path(__file__).parents[1], env=os.environ | env) as process:
         time.sleep(peer.ready_s)
         yield process
 
@@ -564,13 +571,17 @@ def version(name: str) -> str:
     """A peer's, as its environment says."""
     package = {"bento": "bentoml", "rayserve": "ray", "triton": "nvidia-pytriton"}.get(name, name)
     ask = f"import importlib.metadata; print(importlib.metadata.version({package!r}))"
-    python = str(VENVS[0] / name / "bin" / "python")
-    return subprocess.run([python, "-c", ask], capture_output=True, text=True, check=True).stdout.strip()
+    return subprocess.run([str(python(name)), "-c", ask], capture_output=True, text=True, check=True).stdout.strip()
+
+
+def python(name: str) -> Path:
+    """The interpreter of a peer's environment."""
+    return VENVS[0] / name / "bin" / "python"
 
 
 def installed() -> list[str]:
     """The peers there is an environment of."""
-    return [name for name in PEERS if VENVS and (VENVS[0] / name / "bin" / "python").exists()]
+    return [name for name in PEERS if VENVS and python(name).exists()]
 
 
 def peers() -> dict[str, Callable[[Options], Row]]:
@@ -664,13 +675,10 @@ def held(process: Process, policy: Policy, kind: str, seed: int, quick: bool, pe
 @contextmanager
 def scoring(name: str, folder: Path, setting: Setting, batch: int) -> Iterator[Process]:
     """A peer over a real bundle: in its environment, with our packages behind its own."""
-    peer, port, python = PEERS[name], free(), VENVS[0] / name / "bin" / "python"
-    packages = sysconfig.get_path("purelib")
-    env = os.environ | {"BENCH_BUNDLE": str(folder), "BENCH_PACKAGES": packages, "OMP_NUM_THREADS": "1"}
-    what = [0, 0, WORKERS, batch, setting.wait_ms]
-    command = [str(python), "-m", f"benchmarks.peers.{name}", *map(str, what), *peer.told(setting, port)]
-    with Process(command, port=port, cwd=Path(__file__).parents[1], env=env) as process:
-        time.sleep(3 * peer.ready_s)
+    peer = PEERS[name]
+    env = {"BENCH_BUNDLE": str(folder), "BENCH_PACKAGES": sysconfig.get_path("purelib"), "OMP_NUM_THREADS": "1"}
+    with started(name, setting, 0.0, 0.0, batch, **env) as process:
+        time.sleep(2 * peer.ready_s)  # it loads a model
         few = Load(rate=20.0, seconds=1.0, seed=99).draw()
         run(replay(process.host, process.port, few, asks(few, ITEMS, peer.path)))
         yield process

@@ -21,6 +21,7 @@ import numpy as np
 
 from benchmarks import harness, live
 from benchmarks.harness import Options, Row
+from benchmarks.live import seeds, spread
 from pennyweight.core.curve import Curve
 from pennyweight.data.requests import Arrivals, Load
 from pennyweight.model.bundle import Policy, Priority, Tenant, Variant
@@ -50,16 +51,6 @@ def offered(policy: Policy, times: float, seconds: float, seed: int, workers: fl
     probe = Load(rate=200.0, seconds=50.0, **sizes).draw()  # type: ignore[arg-type]
     rate = times * capacity(policy, [v.costs["cpu"] for v in policy.variants], probe, 1) * workers
     return Load(rate=rate, seconds=seconds, seed=seed, **load).draw()  # type: ignore[arg-type]
-
-
-def seeds(options: Options) -> range:
-    return range(1, 1 + options.seeds)
-
-
-def spread(id: str, metric: str, values: Sequence[float], note: str, bar: float | None = None, *, most: bool = False) -> Row:
-    """The median over seeds and its range."""
-    middle = statistics.median(values)
-    return Row(id, metric, middle, min(values), max(values), len(values), bar=bar, note=note, at_most=most)
 
 
 def told(replays: Sequence[Replay]) -> str:
@@ -167,7 +158,7 @@ def decision(options: Options) -> Sequence[Row]:
             busy = dataclasses.replace(policy, deadline_ms=6e6, classes=classes, tenants=tenants)
             times = np.array(decisions(busy, 8, 1000, rounds, s))
             tails.append(float(1e6 * np.percentile(times, 99)))
-            rates.append(float(len(times) / times.sum()))
+            rates.append(len(times) / times.sum())
         note = f"pure computation: 8 workers, 3 classes, quotas, {what}; `offer` and `dispatch` each, learning apart"
         rows.append(spread(id, "p99_us", tails, note, 50.0, most=True))
         rows.append(spread(id, "per_second", rates, "pure computation: the same decisions in one process", 20_000.0))

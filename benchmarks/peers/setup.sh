@@ -5,6 +5,7 @@ set -eu
 folder=${1:?usage: benchmarks/peers/setup.sh FOLDER [PEER...]}
 shift
 python=${PYTHON:-python3.11}
+every="onnxruntime openvino torch neural keras rechub fuxictr recbole torchrec mosec litserve bento rayserve triton"
 
 packages() {
   case $1 in
@@ -22,7 +23,7 @@ packages() {
     bento) echo bentoml==1.4.40 ;;
     rayserve) echo "ray[serve]==2.60.0" ;;
     triton) echo nvidia-pytriton==0.7.0 ;;
-    *) echo "no peer $1; there are: onnxruntime openvino torch neural keras rechub fuxictr recbole torchrec mosec litserve bento rayserve triton" >&2; exit 1 ;;
+    *) echo "no peer $1; there are: $every" >&2; exit 1 ;;
   esac
 }
 
@@ -35,7 +36,7 @@ alone() {
   esac
 }
 
-for peer in ${@:-onnxruntime openvino torch neural keras rechub fuxictr recbole torchrec mosec litserve bento rayserve triton}; do
+for peer in ${@:-$every}; do
   wanted=$(packages "$peer")
   # Triton carries an interpreter that fits Debian's library alone.
   [ "$peer" = triton ] && made=${TRITON_PYTHON:-/usr/bin/python3} || made=$python

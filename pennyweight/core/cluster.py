@@ -41,9 +41,8 @@ def connected(address: str, cpus: int) -> Iterator[Any]:
     """
     check(address)
     os.environ.update(QUIET)
-    if address.startswith("ray://") and (
-        os.environ.get("RAY_AUTH_TOKEN") or TOKEN.exists()
-    ):  # which a client does not look for
+    secured = os.environ.get("RAY_AUTH_TOKEN") or TOKEN.exists()
+    if address.startswith("ray://") and secured:  # a client does not look for the token by itself
         os.environ.setdefault("RAY_AUTH_MODE", "token")
     try:
         import ray

@@ -79,13 +79,12 @@ class Crew:
     Args:
         module: to be trained; its cut tables are left as this worker's blocks.
         placement: who holds what.
+        wires: between the workers, for as many replicas.
         every: steps between two checkpoints inside an epoch; 0 leaves it to the clock.
-        timeout: of the process group.
         balance: workers that are slow get fewer rows of each batch; the sums are the same, their order then depends on time.
         traffic: how rows and gradients are written on the way.
         fills: how tables that lie on no device are filled.
         lean: nothing is held twice: checkpoints are written from where the weights lie, and the best weights lie on disk.
-        wires: between the workers, for as many replicas, if they are there already.
         int8: tables become packed ones, whose rows are rounded as they are trained.
 
     Raises:
@@ -96,14 +95,13 @@ class Crew:
         self,
         module: nn.Module,
         placement: Placement,
+        wires: Wires,
         *,
         every: int = 0,
-        timeout: datetime.timedelta | None = None,
         balance: bool = False,
         traffic: Kind = "fp32",
         fills: Mapping[int, Fill] | None = None,
         lean: bool = False,
-        wires: Wires | None = None,
         int8: bool = False,
     ) -> None:
         self.rank, self.size, self.every, self.lean = dist.get_rank(), dist.get_world_size(), every, lean
@@ -113,7 +111,6 @@ class Crew:
         self.balance, self.weights = balance, [WHOLE] * self.size
         self.weighed = 0, self.steps.seconds.clone()
         self.told = 0, self.steps.seconds.clone()
-        wires = wires or Wires(placement.replicas, timeout)
         self.sent, self.side = wires.sent, wires.side
         self.world, self.near, self.across = wires.world, wires.near, wires.across
         self.generator = torch.Generator()

@@ -176,7 +176,7 @@ def _perform(rank: int, size: int, store: str, orders: Any, answers: Any, timeou
 
 def _tried(trial: Trial, rank: int, size: int, wires: Wires) -> dict[str, Any]:
     module = seeded(trial.spec, trial.seed, trial.allow).train()
-    crew = Crew(module, trial.placement, wires=wires)
+    crew = Crew(module, trial.placement, wires)
     recipe = Recipe(batch=trial.batch, tables=trial.update)
     loss = losses.row_loss(module, "bce", LABEL, trial.spec.inputs, 0.0, 1.0)
     start, stop = span(trial.batch, size, rank)

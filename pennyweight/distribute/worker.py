@@ -193,9 +193,8 @@ def _work(home: Path, job: Job) -> None:
     if job.many.memory_bytes and apart(job.spec):
         guard.enter_context(memory.guarded(job.many.memory_bytes))
     crew = Crew(
-        module, _placed(job, module, replicas), every=job.many.every, timeout=wait, balance=job.many.balance,
-        traffic=job.many.traffic, fills=fills, lean=job.many.memory_bytes > 0, wires=wires,
-        int8=job.recipe.rows == "int8",
+        module, _placed(job, module, replicas), wires, every=job.many.every, balance=job.many.balance,
+        traffic=job.many.traffic, fills=fills, lean=job.many.memory_bytes > 0, int8=job.recipe.rows == "int8",
     )  # fmt: skip
     train.TICK_S = job.many.tick_s
     with _stopping(home), open(home / "progress.jsonl", "a", buffering=1) as told:
