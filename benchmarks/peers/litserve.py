@@ -5,14 +5,12 @@ Run in an environment of its own as ``python -m benchmarks.peers.litserve``
 """
 
 import sys
-import time
 
 import litserve
 
-FIXED_S, REQUEST_S = (float(value) / 1000 for value in sys.argv[1:3])
-WORKERS, BATCH = (int(value) for value in sys.argv[3:5])
-WAIT_S = float(sys.argv[5]) / 1000
-PORT, FRONTS = (int(value) for value in sys.argv[6:8])
+from benchmarks.peers.asleep import BATCH, WAIT_MS, WORKERS, work
+
+PORT, FRONTS = (int(value) for value in sys.argv[1:3])
 
 
 class Device(litserve.LitAPI):
@@ -31,9 +29,7 @@ class Device(litserve.LitAPI):
         return output
 
     def predict(self, inputs):
-        seconds = FIXED_S + REQUEST_S * (len(inputs) if isinstance(inputs, list) else 1)
-        if seconds > 0:
-            time.sleep(seconds)
+        work(len(inputs) if isinstance(inputs, list) else 1)
         return inputs
 
     def encode_response(self, output):
@@ -41,6 +37,6 @@ class Device(litserve.LitAPI):
 
 
 if __name__ == "__main__":
-    api = Device(max_batch_size=BATCH, batch_timeout=WAIT_S)
+    api = Device(max_batch_size=BATCH, batch_timeout=WAIT_MS / 1000)
     server = litserve.LitServer(api, accelerator="cpu", workers_per_device=WORKERS, timeout=10)
     server.run(host="127.0.0.1", port=PORT, num_api_servers=FRONTS, log_level="error", generate_client_file=False)

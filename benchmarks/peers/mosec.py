@@ -8,19 +8,12 @@ folder of packages that ``BENCH_PACKAGES`` names, behind the peer's own.
 
 import os
 import sys
-import time
 
 sys.path += filter(None, [os.environ.get("BENCH_PACKAGES")])
 
 from mosec import Server, Worker
 
-NAMES = ("FIXED_MS", "REQUEST_MS", "WORKERS", "BATCH", "WAIT_MS")
-if __name__ == "__main__":
-    # mosec reads the command line too, and its workers import this file again.
-    os.environ |= dict(zip(NAMES, sys.argv[1:6], strict=True))
-    del sys.argv[1:6]
-FIXED_S, REQUEST_S = float(os.environ["FIXED_MS"]) / 1000, float(os.environ["REQUEST_MS"]) / 1000
-WORKERS, BATCH, WAIT_MS = (int(os.environ[name]) for name in NAMES[2:])
+from benchmarks.peers.asleep import BATCH, WAIT_MS, WORKERS, work
 
 
 class Raw(Worker):
@@ -37,10 +30,7 @@ class Device(Raw):
     """Sleeps for as long as its work takes."""
 
     def forward(self, data):
-        bodies = data if isinstance(data, list) else [data]
-        seconds = FIXED_S + REQUEST_S * len(bodies)
-        if seconds > 0:
-            time.sleep(seconds)
+        work(len(data) if isinstance(data, list) else 1)
         return data
 
 

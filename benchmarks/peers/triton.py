@@ -7,24 +7,21 @@ which is its default.
 
 import functools
 import sys
-import time
 
 import numpy as np
 from pytriton.decorators import batch
 from pytriton.model_config import DynamicBatcher, ModelConfig, QueuePolicy, Tensor, TimeoutAction
 from pytriton.triton import Triton, TritonConfig
 
-FIXED_S, REQUEST_S = (float(value) / 1000 for value in sys.argv[1:3])
-WORKERS, BATCH = (int(value) for value in sys.argv[3:5])
-WAIT_MS, PORT, REJECT_MS = (int(value) for value in sys.argv[5:8])
+from benchmarks.peers.asleep import BATCH, WAIT_MS, WORKERS, work
+
+PORT, REJECT_MS = (int(value) for value in sys.argv[1:3])
 
 
 @batch
 def device(x):
     """Sleeps for as long as its work takes."""
-    seconds = FIXED_S + REQUEST_S * len(x)
-    if seconds > 0:
-        time.sleep(seconds)
+    work(len(x))
     return {"y": x}
 
 
