@@ -282,7 +282,9 @@ def fingerprint() -> str:
 def versions() -> dict[str, str]:
     """Versions that can change a result, of those packages that are installed."""
     names = ("pennyweight", "torch", "numpy", "polars", "pyarrow", "safetensors", "onnxruntime", "onnx", "keras", "torchrec")
-    return {"python": platform.python_version(), **{n: v for n in names if (v := _version(n))}}
+    installed = {n: v for n in names if (v := _version(n))}
+    # PyTorch's own word: its wheels' metadata may leave out which build it is (2.13.0 for 2.13.0+cu130).
+    return {"python": platform.python_version(), **installed, "torch": torch.__version__}
 
 
 def _version(package: str) -> str:
