@@ -137,7 +137,7 @@ class Worker:
         self.until = 0.0
         """When it is predicted to be free."""
         self.speed = 1.0
-        """Its time over what its device's curve says, smoothed."""
+        """Its time over what its device's curve says, smoothed; workers of a device differ by it, 1 is their (geometric) mean."""
         self.paused = False
         """It gets nothing new, as while it loads another bundle."""
 
@@ -770,6 +770,16 @@ class Scheduler:
         for cost, requests, items, took in self._lessons[-most:]:
             cost.learn(requests, items, took)
         self._lessons.clear()
+        for device in self._devices:
+            self._even(device)
+
+    def _even(self, device: str) -> None:
+        """Give what a device's workers have in common to its curves, which learn it: speeds and curves say the same otherwise,
+        and drift apart, each the other's inverse, until curves that admission reads have nothing to do with what work takes."""
+        alike = [worker for worker in self.workers.values() if worker.device == device]
+        common = math.exp(sum(math.log(worker.speed) for worker in alike) / len(alike))
+        for worker in alike:
+            worker.speed /= common
 
 
 NOTHING = Cost(None)

@@ -5,6 +5,7 @@ import itertools
 from collections import Counter
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -500,6 +501,24 @@ def test_another_bundle_is_adopted_while_requests_wait_and_run() -> None:
     assert [values(b) for b in world.start()] == [[2]]
     with pytest.raises(ConfigError, match="other classes or tenants"):
         world.scheduler.adopt(dataclasses.replace(quick, classes=(Priority("x"),)))
+
+
+def test_speeds_and_curves_do_not_drift_apart() -> None:
+    """Times are skewed, so that a prediction of the mean is mostly too long; two workers, one a third slower."""
+    policy = Policy(deadline_ms=1000.0, variants=(Variant("one", costs={"cpu": Curve(1.0, 0.0, 0.01)}),))
+    world, noise = World(policy, workers=2), np.random.default_rng(0)
+    for _ in range(10_000):
+        for _ in range(2):
+            world.offer(items=int(noise.integers(1, 200)))
+        for batch in world.start():
+            slow = 1.2 if batch.worker.name == "w1" else 0.9
+            takes = slow * (0.002 + 0.00002 * batch.items) * noise.lognormal(-0.08, 0.4)
+            world.now += takes
+            world.done(batch, takes)
+    (curve,) = (known["cpu"] for known in world.scheduler.curves())
+    assert curve.ms(1, 100) == pytest.approx(4.0, rel=0.15)
+    fast, slow = (world.scheduler.workers[name].speed for name in ("w0", "w1"))
+    assert slow / fast == pytest.approx(4 / 3, rel=0.3) and slow * fast == pytest.approx(1.0)
 
 
 def test_curves_are_learned() -> None:
