@@ -12,15 +12,19 @@ from collections.abc import Iterable, Mapping, Sequence
 import numpy as np
 import numpy.typing as npt
 import polars as pl
+import pyarrow as pa
 
 from pennyweight.core.errors import ConfigError, NotFound
 from pennyweight.data.catalog import Catalog, Value, Vocabulary
-from pennyweight.data.schema import OOV
+from pennyweight.data.schema import FIRST, OOV
 from pennyweight.serve.messages import Item, Scored
 
 Ids = npt.NDArray[np.int64]
 FEW = 8
 """Names that are looked up one by one."""
+FAR, SPARSE = 2**62, 8
+"""Integers beyond which differences may not fit; places of a table for each name in it at most."""
+NOTHING: Ids = np.empty(0, np.int64)
 
 
 class Lookup:
@@ -38,7 +42,7 @@ class Lookup:
         shown = zip(ids.tolist(), values, *columns, strict=True)
         self._items = {i: Item(v, t or str(v), y, _words(g)) for i, v, t, y, g in shown if v is not None}
         self._folded = pl.Series([fold(self.item(i).title) for i in self._order.tolist()], dtype=pl.String)
-        self._numbered = _numbered(ids, values)
+        self._numbers = _Numbers(self._vocabulary)
         self._titled = _titled(self._items, self._order)
         self._user_texts = pl.Series([str(v) for v in self._users.values.to_pylist()] if self._users else [], dtype=pl.String)
 
@@ -59,17 +63,14 @@ class Lookup:
         Raises:
             NotFound: one of them is not there.
         """
-        names, ids = self._numbered
         if len(values) > FEW:  # one by one is faster for a few
             try:
                 asked = np.asarray(values, np.int64) if isinstance(values, np.ndarray) else _integers(values)
             except TypeError:
                 return np.fromiter((self.id(v) for v in values), np.int64)
-            if len(names):
-                places = np.minimum(np.searchsorted(names, asked), len(names) - 1)
-                if (names[places] == asked).all():
-                    found: Ids = ids[places]
-                    return found
+            found = self._numbers.ids(asked)
+            if found.min() > OOV:
+                return found
             values = asked
         each: Iterable[Value] = values.tolist() if isinstance(values, np.ndarray) else values
         return np.array([self.id(v) for v in each], np.int64)
@@ -107,6 +108,32 @@ class Lookup:
         return [self._users.values[i].as_py() for i in _first(rows, rank if q.strip() else np.zeros(len(rows)), k).tolist()]
 
 
+class _Numbers:
+    """Names that are integers, many looked up at once: by a table where they lie close together, else by halving."""
+
+    def __init__(self, vocabulary: Vocabulary) -> None:
+        whole = pa.types.is_integer(vocabulary.values.type)
+        names = np.asarray(vocabulary.values, np.int64) if whole else NOTHING
+        ids = np.arange(FIRST, FIRST + len(names))
+        order = np.argsort(names, kind="stable")
+        self._names, self._ids = names[order], ids[order]
+        self._table: Ids | None = None
+        low, high = (int(self._names[0]), int(self._names[-1])) if whole and len(names) else (0, 0)
+        if -FAR < low <= high < FAR and high - low < SPARSE * len(names):
+            self._low = low - 1
+            self._table = np.full(high - low + 3, OOV)  # one more on either side, for all that lies outside
+            self._table[names - self._low] = ids
+
+    def ids(self, asked: Ids) -> Ids:
+        """Their ids; ``OOV`` for one that is not there."""
+        if self._table is not None:
+            return self._table.take(asked - self._low, mode="clip")
+        if not len(self._names):
+            return np.full(len(asked), OOV)
+        places = np.minimum(np.searchsorted(self._names, asked), len(self._names) - 1)
+        return np.where(self._names[places] == asked, self._ids[places], OOV)
+
+
 def fold(text: str) -> str:
     """Text as it is compared: no case, no accents."""
     return "".join(c for c in unicodedata.normalize("NFKD", text.casefold().strip()) if not unicodedata.combining(c))
@@ -123,12 +150,6 @@ def _holding(texts: pl.Series, words: Sequence[str]) -> Ids:
 def _first(rows: Ids, rank: npt.NDArray[np.generic], k: int) -> Ids:
     """The ``k`` rows of lowest rank; of equals, those that come first."""
     return rows[np.argsort(rank, kind="stable")[:k]]
-
-
-def _numbered(ids: Ids, values: Sequence[Value | None]) -> tuple[Ids, Ids]:
-    """Names that are integers in their order, and the ids they stand for: many are found at once by halving."""
-    pairs = sorted((v, i) for v, i in zip(values, ids.tolist(), strict=True) if type(v) is int)
-    return np.array([v for v, _ in pairs], np.int64), np.array([i for _, i in pairs], np.int64)
 
 
 def _integers(values: Sequence[Value]) -> Ids:

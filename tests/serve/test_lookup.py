@@ -87,3 +87,16 @@ def test_a_model_without_users_knows_nobody(catalog: Catalog) -> None:
     schema = Schema((catalog.schema["item"],))
     nobody = Lookup(catalog.replace(schema=schema))
     assert nobody.users("1", 5) == [] and not nobody.known(12)
+
+
+@pytest.mark.parametrize("gap", [1, 3, 10**15], ids=["side by side", "with gaps", "far apart"])
+def test_many_integer_names_are_found_and_no_others(catalog: Catalog, gap: int) -> None:
+    names = (np.random.default_rng(0).permutation(40) - 11) * gap
+    schema = Schema((catalog.schema["user"], Column("item", "item", "categorical", 42)))
+    table = pl.DataFrame({"item": np.arange(2, 42), "popularity": np.zeros(40, np.int64)})
+    words = {**catalog.vocabularies, "item": Vocabulary.of(names.tolist())}
+    lookup = Lookup(Catalog(schema, words, table))
+    assert lookup.ids(names).tolist() == list(range(2, 42)) == lookup.ids(names.tolist()).tolist()
+    for other in (-12 * gap, 29 * gap, 2**63 - 1, -(2**63)):
+        with pytest.raises(NotFound, match=f"no item {other}"):
+            lookup.ids(np.append(names, other))
