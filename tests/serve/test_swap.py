@@ -201,9 +201,10 @@ def test_a_large_request_is_cut_over_idle_workers_and_joined(three: Client) -> N
     body = three("POST", "/score", json={"user": 15, "items": items}).json()
     assert body["scores"] == (three.service.catalog.item_ids[:1000] % 97).tolist() and body["variant"] == "full"
     assert "pennyweight_batch_requests_count 2.0" in three("GET", "/metrics").text, "it was not cut"
-    three.service.engine.scheduler.adopt(three.service.engine.edition.policy)  # what was learned is forgotten
-    top = three("GET", "/recommend?user=15&k=9").json()["items"]
-    assert [item["score"] for item in top] == sorted((three.service.catalog.item_ids % 97).tolist(), reverse=True)[:9]
+    top = three("GET", "/recommend?user=15&k=9").json()
+    scale = {"full": 1.0, "mid": 2.0}[top["variant"]]  # whether the full one is trusted with all items by now is the machine's
+    best = sorted((scale * (three.service.catalog.item_ids % 97)).tolist(), reverse=True)[:9]
+    assert [item["score"] for item in top["items"]] == best
 
 
 def test_load_is_answered_by_cheaper_variants_and_the_unproven_one_only_where_that_is_allowed(three: Client) -> None:
