@@ -14,7 +14,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Executor
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 from pennyweight.model.bundle import Policy
 from pennyweight.schedule.queue import Queue, Ticket
@@ -28,11 +28,40 @@ Q = TypeVar("Q")
 A = TypeVar("A")
 
 
+class Seat(Protocol):
+    """Where an outcome is waited for: a future of asyncio, or less."""
+
+    def done(self) -> bool:
+        """Whether nobody waits here any more."""
+
+    def set_result(self, result: Any, /) -> None:
+        """Tell it an answer."""
+
+    def set_exception(self, exception: Any, /) -> None:
+        """Tell it an error."""
+
+
+async def seated(place: Callable[[Seat], Ticket], leave: Callable[[Ticket], None]) -> Any:
+    """What a request placed so is told; one who is cancelled leaves.
+
+    Raises:
+        Overloaded: it would not be answered in time, or was not; the queue is full; the quota is spent.
+        RequestError: no such class or tenant, or what else its ticket was settled with.
+    """
+    future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+    ticket = place(future)
+    try:
+        return await future
+    except asyncio.CancelledError:
+        leave(ticket)
+        raise
+
+
 class Desk:
     """Those who wait for a scheduler's answers; use it inside one event loop.
 
     ``start`` gets each batch as it is due; whoever runs it tells the scheduler (``done``, ``failed``, ``died``), settles the
-    tickets that gives, and calls ``pump``. A ticket's value is the caller's own and the future that waits.
+    tickets that gives, and calls ``pump``. A ticket's value is the caller's own and the ``Seat`` that waits.
     """
 
     def __init__(self, scheduler: Scheduler, start: Callable[[Batch], None]) -> None:
@@ -44,27 +73,25 @@ class Desk:
         self._learned = -math.inf
         self._empty = asyncio.Event()
 
-    async def submit(self, value: Any, items: int = 1, **asked: Any) -> Any:
-        """What the ticket of one request of so many items is settled with; ``asked`` is what else ``Scheduler.offer`` takes.
+    def place(self, value: Any, seat: Seat, items: int = 1, **asked: Any) -> Ticket:
+        """Let a request of so many items wait; its seat is told later. ``asked`` is what else ``Scheduler.offer`` takes.
 
         Raises:
-            Overloaded: it would not be answered in time, or was not; the queue is full; the quota is spent.
+            Overloaded: it would not be answered in time; the queue is full; the quota is spent. Its seat is not told.
             RequestError: no such class or tenant.
         """
-        loop = asyncio.get_running_loop()
-        future: asyncio.Future[Any] = loop.create_future()
         if self._called and self.scheduler.queue.size >= self.scheduler.policy.queue:
             self.pump()  # whoever came in this turn and can start now makes room
-        ticket = self.scheduler.offer((value, future), items, **asked)
+        ticket = self.scheduler.offer((value, seat), items, **asked)
         if not self._called:  # who comes in the same turn of the loop may share a batch
             self._called = True
-            loop.call_soon(self._soon)
-        try:
-            return await future
-        except asyncio.CancelledError:
-            self.scheduler.drop(ticket)
-            self.pump()
-            raise
+            asyncio.get_running_loop().call_soon(self._soon)
+        return ticket
+
+    def leave(self, ticket: Ticket) -> None:
+        """Forget one whose client has left."""
+        self.scheduler.drop(ticket)
+        self.pump()
 
     def pump(self) -> None:
         """Do what is due now, and come back when the clock alone gives something to do."""
@@ -140,9 +167,17 @@ class Batcher(Generic[Q, A]):
         return self.scheduler.queue
 
     async def submit(self, value: Q, items: int = 1, **asked: Any) -> A:
-        """The answer to one request of so many items; see ``Desk.submit``."""
-        answer: A = await self._desk.submit(value, items, **asked)
+        """The answer to one request of so many items; see ``seated``."""
+        answer: A = await seated(lambda seat: self.place(value, seat, items, **asked), self.leave)
         return answer
+
+    def place(self, value: Q, seat: Seat, items: int = 1, **asked: Any) -> Ticket:
+        """As ``Desk.place`` says."""
+        return self._desk.place(value, seat, items, **asked)
+
+    def leave(self, ticket: Ticket) -> None:
+        """As ``Desk.leave`` says."""
+        self._desk.leave(ticket)
 
     def hurry(self) -> None:
         """Let nobody wait for company any more."""
@@ -201,13 +236,13 @@ class Batcher(Generic[Q, A]):
 
 def settle(ticket: Ticket, outcome: Any) -> None:
     """Hand over an outcome, unless the client has left or has one already."""
-    future = ticket.value[1]
-    if future.done():
+    seat: Seat = ticket.value[1]
+    if seat.done():
         return
     if isinstance(outcome, Exception):
-        future.set_exception(outcome)
+        seat.set_exception(outcome)
     else:
-        future.set_result(outcome)
+        seat.set_result(outcome)
 
 
 def settle_all(tickets: Iterable[Ticket], outcome: Any) -> None:

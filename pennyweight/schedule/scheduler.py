@@ -137,7 +137,7 @@ class Worker:
         self.until = 0.0
         """When it is predicted to be free."""
         self.speed = 1.0
-        """Its time over what its device's curve says, smoothed; workers of a device differ by it, 1 is their (geometric) mean."""
+        """Its time over what its device's curve says, smoothed; 1 is the geometric mean of a device's workers."""
         self.paused = False
         """It gets nothing new, as while it loads another bundle."""
 
@@ -774,8 +774,11 @@ class Scheduler:
             self._even(device)
 
     def _even(self, device: str) -> None:
-        """Give what a device's workers have in common to its curves, which learn it: speeds and curves say the same otherwise,
-        and drift apart, each the other's inverse, until curves that admission reads have nothing to do with what work takes."""
+        """Leave what a device's workers have in common to its curves.
+
+        Speeds and curves say the same otherwise, and drift apart, each the other's inverse, until the curves that admission
+        reads have nothing to do with what work takes.
+        """
         alike = [worker for worker in self.workers.values() if worker.device == device]
         common = math.exp(sum(math.log(worker.speed) for worker in alike) / len(alike))
         for worker in alike:

@@ -47,13 +47,14 @@ from pennyweight.core.errors import (
 )
 from pennyweight.model import bundle as bundles
 from pennyweight.model.bundle import Bundle
+from pennyweight.schedule.queue import Ticket
 from pennyweight.serve import binary, wire
 from pennyweight.serve import messages as m
 from pennyweight.serve.alarm import Alarm
 from pennyweight.serve.binary import KIND
-from pennyweight.serve.engine import Engine
+from pennyweight.serve.engine import Answer, Engine
 from pennyweight.serve.metrics import Metrics
-from pennyweight.serve.openapi import Route, document
+from pennyweight.serve.openapi import Codec, Route, document
 from pennyweight.serve.pool import Pool
 from pennyweight.serve.reply import Reply, failed, fields, problem
 from pennyweight.serve.service import Service
@@ -80,6 +81,52 @@ PAGE = {
 }
 
 
+class Target(msgspec.Struct, frozen=True):
+    """What the head of a request asks for; the same for every request with that head."""
+
+    method: str
+    path: str
+    """As it is counted."""
+    query: bytes = b""
+    route: Route | None = None
+    packed: Codec | None = None
+    """How bodies are read and written where they are not JSON."""
+    said: m.Scheduled | None = None
+    """What headers say of its scheduling."""
+    reply: Reply | None = None
+    """The answer, where it needs no more."""
+
+
+class Seat:
+    """A request for scores that was begun: what a task and its future would be, at a third of their time."""
+
+    __slots__ = ("_app", "_done", "_over", "ask", "start", "target", "ticket")
+
+    def __init__(self, app: App, target: Target, ask: Any, start: float, done: Callable[[Reply], None]) -> None:
+        self._app, self._done, self._over = app, done, False
+        self.target, self.ask, self.start = target, ask, start
+        self.ticket: Ticket | None = None
+
+    def done(self) -> bool:
+        """Whether nobody waits here any more."""
+        return self._over
+
+    def set_result(self, result: Answer | Exception, /) -> None:
+        """Answer it."""
+        self._over = True
+        self._done(self._app.told(self, result))
+
+    set_exception = set_result
+
+    def cancel(self, msg: object = None) -> None:
+        """The client has left, or the service gives up."""
+        if not self._over:
+            self._over = True
+            assert self.ticket is not None
+            self._app.service.engine.leave(self.ticket)
+            self._app.left()
+
+
 class App:
     """The ASGI application of one bundle and one event log."""
 
@@ -88,6 +135,7 @@ class App:
         self._token = token
         self.alarms = Alarm(), Alarm(), Alarm()
         """For heads, bodies and silence, of all connections together."""
+        self.heads: dict[bytes, wire.Head] = {}
         self.most = max(1 << 20, 64 * service.policy.candidates)
         """Bytes of a body."""
         self._kept: set[asyncio.Future[Any]] = set()
@@ -119,7 +167,8 @@ class App:
             return await _send(failed(RequestError(wire.SLOW.format(wire.BODY_S))), send)
         except RequestError as error:
             return await _send(failed(error), send)
-        work = asyncio.ensure_future(self.reply(scope["method"], scope["path"], scope["query_string"], headers, body))
+        target = self._target(scope["method"], scope["path"], scope["query_string"], headers)
+        work = asyncio.ensure_future(self.reply(target, body))
         gone = asyncio.ensure_future(_gone(receive))
         try:
             await asyncio.wait({work, gone}, return_when=asyncio.FIRST_COMPLETED)
@@ -130,18 +179,52 @@ class App:
             work.cancel()
             gone.cancel()
 
-    async def reply(self, method: str, path: str, query: bytes, headers: wire.Headers, body: bytes) -> Reply:
-        """Answer one request that is here whole; headers' names are in lower case."""
+    def target(self, method: str, url: bytes, headers: wire.Headers) -> Target:
+        """What a request's head asks for; headers' names are in lower case."""
+        try:
+            path, query = wire.split(url)
+        except RequestError as error:
+            return Target(method, "", reply=failed(error))
+        return self._target(method, path, query, headers)
+
+    async def reply(self, target: Target, body: bytes) -> Reply:
+        """Answer one request that is here whole."""
         start = time.perf_counter()
         try:
-            reply = await self._answer("GET" if method == "HEAD" else method, path, query, dict(headers), body)
-        except (RequestError, StorageError) as error:
-            reply = failed(error)
-        except Exception:
-            number = uuid.uuid4().hex[:12]
-            log.exception("error %s at %s %s", number, method, path)
-            reply = problem(500, "internal", f"something inside the service failed; its log says what, under {number}")
-        self.service.metrics.answered(path if path in PATHS else "other", reply.status, time.perf_counter() - start)
+            reply = target.reply or await self._answer(target, body)
+        except Exception as error:
+            reply = self._wrong(target, error)
+        self._counted(target, reply, start)
+        return reply
+
+    def begin(self, target: Target, body: bytes, done: Callable[[Reply], None]) -> Reply | Seat | None:
+        """Answer a request for scores without a task of its own: at once, or later by ``done``. None for any other."""
+        if target.reply is not None or target.route is not SCORE:
+            return None
+        start = time.perf_counter()
+        try:
+            ask = self._ask(target, body)
+            seat = Seat(self, target, ask, start, done)
+            seat.ticket = self.service.begin(ask, seat)
+            if seat.ticket is not None:
+                return seat
+        except Exception as error:
+            reply = self._wrong(target, error)
+            self._counted(target, reply, start)
+            return reply
+        return None
+
+    def told(self, seat: Seat, outcome: Answer | Exception) -> Reply:
+        """The answer to a request that was begun."""
+        target = seat.target
+        try:
+            if isinstance(outcome, Exception):
+                self.service.wrong(seat.ask, outcome)
+                raise outcome
+            reply = _said(target, self.service.scores(seat.ask, outcome))
+        except Exception as error:
+            reply = self._wrong(target, error)
+        self._counted(target, reply, seat.start)
         return reply
 
     def left(self) -> None:
@@ -151,7 +234,7 @@ class App:
     async def get(self, target: str) -> tuple[int, str]:
         """Status and body of a GET, without a socket."""
         url = urlsplit(target)
-        reply = await self.reply("GET", url.path, url.query.encode(), [], b"")
+        reply = await self.reply(self._target("GET", url.path, url.query.encode(), []), b"")
         return reply.status, reply.body.decode()
 
     async def close(self) -> None:
@@ -169,7 +252,21 @@ class App:
             if message["type"] == "lifespan.shutdown":
                 return
 
-    async def _answer(self, method: str, path: str, query: bytes, headers: Given, body: bytes) -> Reply:
+    def _target(self, method: str, path: str, query: bytes, headers: wire.Headers) -> Target:
+        counted = path if path in PATHS else "other"
+        try:
+            found = self._routed("GET" if method == "HEAD" else method, path, query, dict(headers))
+        except RequestError as error:
+            found = failed(error)
+        if isinstance(found, Reply):
+            return Target(method, counted, reply=found)
+        route, packed, said = found
+        return Target(method, counted, query, route, packed, said)
+
+    def _routed(
+        self, method: str, path: str, query: bytes, given: Given
+    ) -> Reply | tuple[Route, Codec | None, m.Scheduled | None]:
+        """Who answers, how bodies are read, what headers say of scheduling; or the answer, where it needs no more."""
         known = PATHS.get(path)
         if known is None:
             raise NotFound(f"no path {path!r}; known: {', '.join(p for p in PATHS if not p.startswith('/page/'))}")
@@ -177,25 +274,46 @@ class App:
         if route is None:
             allowed = ", ".join([*known, "HEAD"] if "GET" in known else known)
             return problem(405, "method_not_allowed", f"{path} does not take {method}; use {allowed}", ("allow", allowed))
-        if method == "POST" and _foreign(headers):
-            origin = headers[b"origin"].decode("latin-1")
+        if method == "POST" and _foreign(given):
+            origin = given[b"origin"].decode("latin-1")
             return problem(403, "foreign_origin", f"a page of {origin} may not write here; ask from the service's own page")
         if isinstance(route, Reply):
             return route
-        packed = route.packed if headers.get(b"content-type", b"").startswith(BINARY) else None
-        if method == "GET":
-            ask = _query(query, route.takes)
+        if route.takes is m.Swap:
+            self._entitled(given)
+        packed = route.packed if given.get(b"content-type", b"").startswith(BINARY) else None
+        return route, packed, _headed(given)
+
+    def _ask(self, target: Target, body: bytes) -> Any:
+        """The message of a request."""
+        route = target.route
+        assert route is not None
+        if route.method == "GET":
+            ask = _query(target.query, route.takes)
         else:
-            ask = packed[0](body) if packed is not None else _json(body, route.takes)
-        if isinstance(ask, m.Scheduled):
-            _headed(ask, headers)
-        elif isinstance(ask, m.Swap):
-            self._entitled(headers)
+            ask = target.packed[0](body) if target.packed is not None else _json(body, route.takes)
+        if target.said is not None and isinstance(ask, m.Scheduled):
+            for field in FIELDS:
+                if getattr(ask, field) in ("", None):
+                    setattr(ask, field, getattr(target.said, field))
+        return ask
+
+    async def _answer(self, target: Target, body: bytes) -> Reply:
+        ask, route = self._ask(target, body), target.route
+        assert route is not None
         work = route.answer(self.service, ask)
-        answer = await (self._through(work) if method == "POST" and not isinstance(ask, m.Scheduled) else work)
-        if packed is not None:
-            return Reply(200, packed[1](answer), KIND)
-        return answer if isinstance(answer, Reply) else Reply(200, encode(answer))
+        answer = await (self._through(work) if route.method == "POST" and not isinstance(ask, m.Scheduled) else work)
+        return answer if isinstance(answer, Reply) else _said(target, answer)
+
+    def _wrong(self, target: Target, error: Exception) -> Reply:
+        if isinstance(error, (RequestError, StorageError)):
+            return failed(error)
+        number = uuid.uuid4().hex[:12]
+        log.error("error %s at %s %s", number, target.method, target.path, exc_info=error)
+        return problem(500, "internal", f"something inside the service failed; its log says what, under {number}")
+
+    def _counted(self, target: Target, reply: Reply, start: float) -> None:
+        self.service.metrics.answered(target.path, reply.status, time.perf_counter() - start)
 
     async def _through(self, work: Awaitable[Any]) -> Any:
         """What comes of work that goes on even if its client leaves: what is to be stored, or exchanged."""
@@ -403,20 +521,21 @@ HEADERS = {
     b"x-deadline-ms": "deadline_ms",
     b"x-degrade": "degrade",
 }
+FIELDS = tuple(HEADERS.values())
 
 
-def _headed(ask: m.Scheduled, headers: Given) -> None:
+def _headed(headers: Given) -> m.Scheduled | None:
     """What headers say of a request's scheduling, where its body does not."""
-    if HEADERS.keys().isdisjoint(headers):
-        return
     given = {field: headers[name].decode("latin-1") for name, field in HEADERS.items() if name in headers}
     try:
-        said = msgspec.convert(given, m.Scheduled, strict=False)
+        return msgspec.convert(given, m.Scheduled, strict=False) if given else None
     except msgspec.ValidationError as error:
         raise RequestError(f"a header is wrong: {error}; headers: {b', '.join(HEADERS).decode()}") from error
-    for field in given:
-        if getattr(ask, field) in ("", None):
-            setattr(ask, field, getattr(said, field))
+
+
+def _said(target: Target, answer: Any) -> Reply:
+    """An answer as its client reads it."""
+    return Reply(200, encode(answer)) if target.packed is None else Reply(200, target.packed[1](answer), KIND)
 
 
 def _foreign(headers: Given) -> bool:
@@ -516,3 +635,4 @@ ROUTES = (
 PATHS: dict[str, dict[str, Route | Reply]] = {**_page()}  # type: ignore[dict-item]
 for _route in ROUTES:
     PATHS.setdefault(_route.path, {})[_route.method] = _route
+SCORE = PATHS["/score"]["POST"]

@@ -8,28 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Protocol
+from typing import Any, Protocol
 
 import msgspec
 
 from pennyweight.accelerate.cache import hit_rate
 from pennyweight.model.bundle import Bundle, Policy
-from pennyweight.schedule.batcher import Batcher
+from pennyweight.schedule.batcher import Batcher, Seat
+from pennyweight.schedule.queue import Ticket
 from pennyweight.schedule.scheduler import Batch, Scheduler
 from pennyweight.serve.child import Ready
 from pennyweight.serve.metrics import Metrics
 from pennyweight.serve.worker import Query, Ranked, Worker
-
-
-class Asked(msgspec.Struct, frozen=True):
-    """How a request wants to be scheduled; what is not said is as the policy has it."""
-
-    priority: str = ""
-    """Its class."""
-    tenant: str = ""
-    deadline_s: float | None = None
-    degrade: bool | None = None
-    """Whether variants outside the margin may answer."""
 
 
 class Answer(msgspec.Struct, frozen=True):
@@ -52,13 +42,18 @@ class Engine(Protocol):
     def scheduler(self) -> Scheduler:
         """Who decides."""
 
-    async def submit(self, query: Query, items: int, asked: Asked) -> Answer:
-        """The answer to a query whose cost is that of so many items.
+    def place(self, query: Query, seat: Seat, items: int, **asked: Any) -> Ticket:
+        """Let a query wait whose cost is that of so many items; its seat is told an ``Answer``, or what is wrong.
+
+        ``asked`` is how it wants to be scheduled, as ``Scheduler.offer`` takes it; what is not said is as the policy has it.
 
         Raises:
-            Overloaded: it would not be answered in time, or was not; the queue is full; the quota is spent.
+            Overloaded: it would not be answered in time; the queue is full; the quota is spent.
             RequestError: no such class or tenant, or the query's context is wrong.
         """
+
+    def leave(self, ticket: Ticket) -> None:
+        """Forget one whose client has left."""
 
     def hurry(self) -> None:
         """The service is about to stop: let nobody wait for company any more."""
@@ -78,7 +73,7 @@ class Local:
         self.thread = ThreadPoolExecutor(1, "model")
         self.worker = self.thread.submit(Worker, bundle, allow).result()
         self._metrics = metrics
-        self._batcher: Batcher[Query, Ranked] = Batcher(bundle.policy, self.worker.answer, self.thread, observe=self._observe)
+        self._batcher: Batcher[Query, Answer] = Batcher(bundle.policy, self._answers, self.thread, observe=self._observe)
         runner, worker = self.worker.runner, self.worker
         every = len(worker.ids) if worker.index is None else 0
         self.about = Ready(type(runner.module).__name__, runner.engine, worker.vectors is not None, every)
@@ -96,14 +91,18 @@ class Local:
         """What it decides by."""
         return self.scheduler.policy
 
-    async def submit(self, query: Query, items: int, asked: Asked) -> Answer:
-        """As ``Engine.submit`` says."""
-        ranked = await self._batcher.submit(
-            query, items, priority=asked.priority, tenant=asked.tenant, deadline_s=asked.deadline_s, degrade=asked.degrade
-        )
+    def place(self, query: Query, seat: Seat, items: int, **asked: Any) -> Ticket:
+        """As ``Engine.place`` says."""
+        return self._batcher.place(query, seat, items, **asked)
+
+    def leave(self, ticket: Ticket) -> None:
+        """As ``Engine.leave`` says."""
+        self._batcher.leave(ticket)
+
+    def _answers(self, queries: Sequence[Query]) -> list[Answer | Exception]:
         best = self.scheduler.variants[0]
-        self._metrics.answers(best.name)
-        return Answer(ranked, best.name, best.gap)
+        found = self.worker.answer(queries)
+        return [Answer(one, best.name, best.gap) if isinstance(one, Ranked) else one for one in found]
 
     def hurry(self) -> None:
         """As ``Engine.hurry`` says."""

@@ -21,6 +21,9 @@ ABOUT = (
 )
 
 
+Codec = tuple[Callable[[bytes], Any], Callable[[Any], bytes]]
+
+
 @dataclasses.dataclass(frozen=True)
 class Route:
     """One operation: what it takes (the query of a GET, the JSON of a POST), what it gives, and who answers."""
@@ -33,7 +36,7 @@ class Route:
     """None for an answer that is no JSON message."""
     answer: Callable[[Any, Any], Awaitable[Any]]
     """Takes the service and the message."""
-    packed: tuple[Callable[[bytes], Any], Callable[[Any], bytes]] | None = None
+    packed: Codec | None = None
     """How a binary body becomes the message, and the answer a binary body; None where there is JSON alone."""
 
 

@@ -25,7 +25,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -33,11 +33,11 @@ from pennyweight.core import errors, hardware
 from pennyweight.core.curve import TAIL, Curve
 from pennyweight.core.errors import Conflict, DeviceError, Overloaded, PennyweightError, Poison
 from pennyweight.model.bundle import Policy, Variant
-from pennyweight.schedule.batcher import Desk, settle, settle_all
+from pennyweight.schedule.batcher import Desk, Seat, settle, settle_all
 from pennyweight.schedule.queue import Ticket
 from pennyweight.schedule.scheduler import Batch, Scheduler
 from pennyweight.serve.child import GO, LENGTH, RAN, RUN, Failed, Measure, Measured, Ready, Start, encode, tells
-from pennyweight.serve.engine import Answer, Asked
+from pennyweight.serve.engine import Answer
 from pennyweight.serve.metrics import Metrics
 from pennyweight.serve.shadow import Difference, Shadow
 from pennyweight.serve.slot import Outcome, Packed, Part, Slot, read_answers, write_queries
@@ -355,13 +355,13 @@ class Pool:
 
     # -- requests ------------------------------------------------------------------------------------------------------------
 
-    async def submit(self, query: Query, items: int, asked: Asked) -> Answer:
-        """The answer to a query whose cost is that of so many items; see ``Engine.submit``."""
-        waiting = Waiting(Packed.of(query))
-        answer: Answer = await self._desk.submit(
-            waiting, items, priority=asked.priority, tenant=asked.tenant, deadline_s=asked.deadline_s, degrade=asked.degrade
-        )
-        return answer
+    def place(self, query: Query, seat: Seat, items: int, **asked: Any) -> Ticket:
+        """As ``Engine.place`` says."""
+        return self._desk.place(Waiting(Packed.of(query)), seat, items, **asked)
+
+    def leave(self, ticket: Ticket) -> None:
+        """As ``Engine.leave`` says."""
+        self._desk.leave(ticket)
 
     def _go(self, batch: Batch) -> None:
         """Hand a batch to its worker."""
@@ -464,7 +464,6 @@ class Pool:
             return settle(ticket, Overloaded("the bundle was exchanged meanwhile; try again now", 0.1, "swap"))
         query, variant = waiting.packed.query, next(iter(waiting.by))
         ranked = _joined([p for p in parts if isinstance(p, Ranked)], query.k)
-        self._metrics.answers(variant.name)
         if query.by == "model":
             self._recent.append((query, ranked, variant.name))
             if self._shadow is not None:

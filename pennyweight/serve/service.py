@@ -16,6 +16,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -25,9 +26,11 @@ from pennyweight.data.catalog import Value
 from pennyweight.data.events import Event
 from pennyweight.model import bundle as bundles
 from pennyweight.model.bundle import Bundle
+from pennyweight.schedule.batcher import Seat, seated
+from pennyweight.schedule.queue import Ticket
 from pennyweight.serve import messages as m
 from pennyweight.serve.binary import Packed
-from pennyweight.serve.engine import Answer, Asked, Engine, Local
+from pennyweight.serve.engine import Answer, Engine, Local
 from pennyweight.serve.lookup import Lookup
 from pennyweight.serve.metrics import Metrics
 from pennyweight.serve.pool import Pool
@@ -90,21 +93,38 @@ class Service:
         query = Query(ask.user, history, by, hidden=hidden, count=count, context=ask.context, k=ask.k)
         answer = await self._scored(query, self.engine.about.every or count, ask)
         shown = [self.lookup.item(i) for i in history[:-11:-1].tolist()]
+        self.metrics.answers(answer.variant)
         best = self.lookup.scored(answer.ranked.items, answer.ranked.scores)
         return m.Recommendations(ask.user, known, by, shown, best, answer.variant, answer.gap)
 
     async def score(self, ask: m.Score | Packed) -> m.Scores:
         """The model's scores of some items for one person, in their order."""
-        if len(ask.items) > self.policy.candidates:
-            raise TooLarge(
-                f"{len(ask.items)} items to score, and the policy allows {self.policy.candidates}; send them in parts"
-            )
-        items = self.lookup.ids(ask.items)
-        history = (await self._state(ask.user)).history
-        if ask.liked:
-            history = np.concatenate([history, self.lookup.liked(ask.liked)])
-        answer = await self._scored(Query(ask.user, history, items=items, context=ask.context), len(items), ask)
+        query = self._query(ask, await self._state(ask.user))
+        return self.scores(ask, await self._scored(query, len(ask.items), ask))
+
+    def begin(self, ask: m.Score | Packed, seat: Seat) -> Ticket | None:
+        """``score`` without a coroutine; None, and nothing is begun, where the user's events have to be read first.
+
+        The seat is told an ``Answer``, which ``scores`` makes a message of, or an error that ``wrong`` is to hear of.
+        """
+        state = NOBODY if ask.user is None else self.store.known(str(ask.user))
+        if state is None:
+            return None
+        try:
+            return self.engine.place(self._query(ask, state), seat, len(ask.items), **_asked(ask))
+        except Overloaded as refused:
+            self.wrong(ask, refused)
+            raise
+
+    def scores(self, ask: m.Score | Packed, answer: Answer) -> m.Scores:
+        """An answer as a message."""
+        self.metrics.answers(answer.variant)
         return m.Scores(ask.user, self.lookup.known(ask.user), answer.ranked.scores, answer.variant, answer.gap)  # type: ignore[arg-type]
+
+    def wrong(self, ask: m.Scheduled, error: Exception) -> None:
+        """Count a request that was refused for load."""
+        if isinstance(error, Overloaded):
+            self.metrics.shed(ask.priority, ask.tenant, error.reason)
 
     async def events(self, given: m.Event | list[m.Event]) -> m.Stored:
         """Store events: all of them, or none and an error."""
@@ -184,13 +204,24 @@ class Service:
         await self.engine.close()
         self.store.close()
 
+    def _query(self, ask: m.Score | Packed, state: State) -> Query:
+        if len(ask.items) > self.policy.candidates:
+            raise TooLarge(
+                f"{len(ask.items)} items to score, and the policy allows {self.policy.candidates}; send them in parts"
+            )
+        items, history = self.lookup.ids(ask.items), state.history
+        if ask.liked:
+            history = np.concatenate([history, self.lookup.liked(ask.liked)])
+        return Query(ask.user, history, items=items, context=ask.context)
+
     async def _scored(self, query: Query, items: int, ask: m.Scheduled) -> Answer:
-        deadline_s = None if ask.deadline_ms is None else ask.deadline_ms / 1000
+        asked = _asked(ask)
         try:
-            return await self.engine.submit(query, items, Asked(ask.priority, ask.tenant, deadline_s, ask.degrade))
+            answer: Answer = await seated(lambda seat: self.engine.place(query, seat, items, **asked), self.engine.leave)
         except Overloaded as refused:
-            self.metrics.shed(ask.priority, ask.tenant, refused.reason)
+            self.wrong(ask, refused)
             raise
+        return answer
 
     async def _state(self, user: Value | None) -> State:
         return NOBODY if user is None else await self.store.state(str(user))
@@ -204,12 +235,18 @@ class Service:
         """The event as it is logged: under the item's own name, whichever way it was written."""
         item = self.lookup.item(self.lookup.id(event.item)).id
         when = int(time.time()) if event.time is None else event.time
-        with _asked():
+        with _given():
             return Event(event.id or uuid.uuid4().hex, str(event.user), str(item), event.kind, event.value, when)
 
 
+def _asked(ask: m.Scheduled) -> dict[str, Any]:
+    """How it wants to be scheduled, as ``Scheduler.offer`` takes it."""
+    deadline_s = None if ask.deadline_ms is None else ask.deadline_ms / 1000
+    return {"priority": ask.priority, "tenant": ask.tenant, "deadline_s": deadline_s, "degrade": ask.degrade}
+
+
 @contextlib.contextmanager
-def _asked() -> Iterator[None]:
+def _given() -> Iterator[None]:
     """Data that is wrong here came with the request."""
     try:
         yield

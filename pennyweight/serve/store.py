@@ -68,11 +68,17 @@ class Store:
     def __len__(self) -> int:
         return len(self._cached)
 
+    def known(self, user: str) -> State | None:
+        """The state of a user, if it is at hand."""
+        state = self._cached.get(user)
+        if state is not None:
+            self._cached.move_to_end(user)
+        return state
+
     async def state(self, user: str) -> State:
         """The state of a user, nobody's for one without events."""
-        if user in self._cached:
-            self._cached.move_to_end(user)
-            return self._cached[user]
+        if (known := self.known(user)) is not None:
+            return known
         writes = self._writes
         state = await asyncio.get_running_loop().run_in_executor(self._readers, self._read, user)
         if writes == self._writes:  # else this may be from before an event that has been answered since

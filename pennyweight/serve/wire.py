@@ -3,9 +3,10 @@
 Uvicorn keeps the sockets, the signals and the clock, httptools parses; what happens on a connection is ours. Uvicorn's own
 protocol makes a scope, an event, a cycle and two messages of every request, which is more than half of what an answer by a
 small model costs; and it leaves bounds to a proxy in front. Here a request is collected whole, answered by one call, and
-written at once. A service that is reached without a proxy must survive a head that never ends or never comes, a client that
-reads nothing, and ten thousand that say nothing: each is cut off after some seconds, and holds no more than some kilobytes
-meanwhile. What is refused here has the same shape of error as everything else. Work for a client that leaves is cancelled.
+written at once. A client says the same head again and again: one that came before, byte for byte, is not parsed again. A
+service that is reached without a proxy must survive a head that never ends or never comes, a client that reads nothing, and
+ten thousand that say nothing: each is cut off after some seconds, and holds no more than some kilobytes meanwhile. What is
+refused here has the same shape of error as everything else. Work for a client that leaves is cancelled.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ import collections
 import functools
 import http
 import resource
-from typing import Any, Protocol
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol
 from urllib.parse import unquote
 
 import httptools
@@ -41,10 +43,28 @@ RESERVED = 256
 
 SLOW = "the body did not arrive within {:g} s; send it again"
 
+KNOWN, KNOWN_BYTES = 512, 1024
+"""Heads that are kept parsed, and how long one may be for that."""
+SPECIAL = {b"expect", b"transfer-encoding", b"upgrade"}
+"""Headers that make more of a request than a head and so many bytes."""
+
 Headers = list[tuple[bytes, bytes]]
 """Names in lower case, and values."""
-Request = tuple[str, bytes, Headers, bytes, bool]
-"""Method, target, headers, body, and whether the connection is kept."""
+
+
+class Aim(Protocol):
+    """What a request's head asks for."""
+
+    @property
+    def method(self) -> str:
+        """HTTP's."""
+
+
+class Begun(Protocol):
+    """An answer that is under way without a task."""
+
+    def cancel(self, msg: object = None) -> object:
+        """Nobody waits for it any more."""
 
 
 class Answering(Protocol):
@@ -54,12 +74,38 @@ class Answering(Protocol):
     """Bytes of a body."""
     alarms: tuple[Alarm, Alarm, Alarm]
     """For heads, bodies and silence, of all connections together."""
+    heads: dict[bytes, Head]
+    """Those that came before, as bytes: clients say the same again and again."""
 
-    async def reply(self, method: str, path: str, query: bytes, headers: Headers, body: bytes) -> Reply:
+    def target(self, method: str, url: bytes, headers: Headers) -> Any:
+        """What a head asks for: an ``Aim``."""
+
+    def begin(self, target: Any, body: bytes, done: Callable[[Reply], None]) -> Reply | Begun | None:
+        """The answer; or ``done`` is called with it later; None where it takes a task."""
+
+    async def reply(self, target: Any, body: bytes) -> Reply:
         """The answer."""
 
     def left(self) -> None:
         """A client left before its answer."""
+
+
+class Head(NamedTuple):
+    """A request's head, parsed."""
+
+    target: Aim
+    length: int
+    """Bytes of the body."""
+    keep: bool
+    """Whether the connection is kept."""
+
+
+class Request(NamedTuple):
+    """A request that is here whole."""
+
+    target: Aim
+    body: bytes
+    keep: bool
 
 
 def connections() -> int:
@@ -96,11 +142,14 @@ class Connection(asyncio.Protocol):
         self._alarm = 0
         """For the end of that."""
         self._silence = 0
-        self._task: asyncio.Task[None] | None = None
+        self._task: asyncio.Task[None] | Begun | None = None
+        self._request: Request
+        self._known, self._whole_head = self._app.heads, b""
+        """Heads that came before, and one that came in one piece and may be kept with them."""
         self._waiting = collections.deque[Request]()
         """Requests that came before the one ahead was answered."""
         self._keep = True
-        self._gone = self._full = False
+        self._gone = self._full = self._paused = False
         self._last: Reply | None = None
         """A refusal that is to be said after the answer that is under way."""
         self._unread: asyncio.TimerHandle | None = None
@@ -125,6 +174,7 @@ class Connection(asyncio.Protocol):
         if self._unread is not None:
             self._unread.cancel()
         if self._task is not None:
+            self._server.tasks.discard(self._task)
             self._task.cancel()
 
     def shutdown(self) -> None:
@@ -152,6 +202,17 @@ class Connection(asyncio.Protocol):
         if self._transport.is_closing() or self._last is not None:
             return
         self._silences.off(self._silence)
+        self._whole_head = b""
+        if self._task is None and not self._head and self._part != "body" and not self._waiting:
+            end = data.find(b"\r\n\r\n") + 4
+            head = data[:end]
+            known = self._known.get(head)
+            if known is not None and len(data) == end + known.length:  # the parser would say what it said before
+                self._whole()
+                self._waiting.append(Request(known.target, data[end:], known.keep))
+                return self._next()
+            if 4 < end <= KNOWN_BYTES and head[:1].isalpha():
+                self._whole_head = head
         try:
             self._parser.feed_data(data)
         except httptools.HttpParserUpgrade:
@@ -209,10 +270,17 @@ class Connection(asyncio.Protocol):
         if self._transport.is_closing() or self._last is not None:
             return
         body = self._body[0] if len(self._body) == 1 else b"".join(self._body)
-        self._waiting.append((self._method, self._url, self._headers, body, self._parser.should_keep_alive()))
+        target, keep = self._app.target(self._method, self._url, self._headers), self._parser.should_keep_alive()
+        self._waiting.append(Request(target, body, keep))
+        if self._whole_head and self._method in ("GET", "POST") and SPECIAL.isdisjoint(name for name, _ in self._headers):
+            if len(self._known) >= KNOWN:
+                self._known.clear()
+            self._known[self._whole_head] = Head(target, len(body), keep)
+        self._whole_head = b""
         if self._task is None:
             self._next()
-        elif len(self._waiting) == 1:
+        elif not self._paused:
+            self._paused = True
             self._transport.pause_reading()
 
     def _whole(self) -> None:
@@ -225,38 +293,55 @@ class Connection(asyncio.Protocol):
 
     def _next(self) -> None:
         """Answer the next request, or wait for one."""
-        if self._task is not None or self._full or self._gone:
-            return
-        if self._waiting:
-            request = self._waiting.popleft()
-            self._task = task = self._loop.create_task(self._answer(*request))
-            self._server.tasks.add(task)
-            task.add_done_callback(self._server.tasks.discard)
+        while self._task is None and not self._full and not self._gone:
             if not self._waiting:
+                if not self._part:
+                    self._silence = self._silences.set(KEEP_S, self._silent)
+                return
+            request = self._request = self._waiting.popleft()
+            if self._paused and not self._waiting:
+                self._paused = False
                 self._transport.resume_reading()
-        elif not self._part:
-            self._silence = self._silences.set(KEEP_S, self._silent)
+            begun = self._app.begin(request.target, request.body, self._told)
+            if isinstance(begun, Reply):
+                if not self._answered(begun):
+                    return
+                continue
+            if begun is None:
+                self._task = task = self._loop.create_task(self._answer(request))
+                task.add_done_callback(self._server.tasks.discard)
+            else:
+                self._task = begun
+            self._server.tasks.add(self._task)  # type: ignore[arg-type]
 
-    async def _answer(self, method: str, url: bytes, given: Headers, body: bytes, keep: bool) -> None:
+    async def _answer(self, request: Request) -> None:
         try:
-            path, query = _target(url)
-            reply = await self._app.reply(method, path, query, given, body)
-        except RequestError as error:
-            reply = failed(error)
+            reply = await self._app.reply(request.target, request.body)
         except asyncio.CancelledError:
             if not self._gone:
                 raise
             return self._app.left()  # nobody is there to be told
+        if self._answered(reply):
+            self._next()
+
+    def _told(self, reply: Reply) -> None:
+        """An answer that was begun."""
+        self._server.tasks.discard(self._task)
+        if self._answered(reply):
+            self._next()
+
+    def _answered(self, reply: Reply) -> bool:
+        """Send an answer; whether another may follow."""
         self._task = None
         self._server.total_requests += 1
         if self._gone:
-            return
-        self._keep = self._keep and keep
-        self._write(reply, method == "HEAD")
+            return False
+        self._keep = self._keep and self._request.keep
+        self._write(reply, self._request.target.method == "HEAD")
         if self._last is not None:
             self._refuse(self._last)
-        elif self._keep:
-            self._next()
+            return False
+        return self._keep
 
     def _write(self, reply: Reply, head: bool = False) -> None:
         begin, dated = _head(reply.status, reply.kind, reply.headers), _dated(self._server)
@@ -306,7 +391,7 @@ class Connection(asyncio.Protocol):
             self._transport.abort()
 
 
-def _target(url: bytes) -> tuple[str, bytes]:
+def split(url: bytes) -> tuple[str, bytes]:
     """Path and query string of what is asked for.
 
     Raises:
