@@ -18,6 +18,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Coroutine, Sequence
 from pathlib import Path
@@ -296,6 +297,8 @@ class Process:
             told.append(line)
             if found := re.search(says, line):
                 self.port = int(found[1])
+                # a log nobody reads fills its pipe, and then whoever writes to it waits
+                threading.Thread(target=collections.deque, args=(self.process.stderr, 100), daemon=True).start()
                 return
         raise DeviceError(f"{' '.join(command[:4])} did not start: {''.join(told)[-2000:]}")
 
@@ -319,10 +322,10 @@ class Process:
             family += psutil.Process(self.process.pid).children(recursive=True)
         self.process.send_signal(signal.SIGTERM)
         try:
-            self.process.communicate(timeout=60)
+            self.process.wait(60)
         except subprocess.TimeoutExpired:
             self.process.kill()
-            self.process.communicate()
+            self.process.wait()
         for left in psutil.wait_procs(family, timeout=5)[1]:  # a peer's workers may outlive it, and work on
             with contextlib.suppress(psutil.NoSuchProcess):
                 left.kill()

@@ -22,6 +22,7 @@ from pennyweight.accelerate.index import Searcher, best, opened
 from pennyweight.accelerate.runner import Runner
 from pennyweight.core.errors import BundleError, ConfigError, DataError, RequestError
 from pennyweight.data.catalog import Catalog, Value
+from pennyweight.data.schema import FIRST
 from pennyweight.model.bundle import Bundle
 
 Ids = npt.NDArray[np.int64]
@@ -94,8 +95,7 @@ class Worker:
         self.ids = self.catalog.item_ids
         probe = self.catalog.request(None, (), self.ids[:2])
         self.runner = Runner(bundle, allow, probe=probe, fallback=True)
-        every = self.catalog.item_batch(self.ids) if self.runner.runtime.shared and len(probe) and len(self.ids) > 1 else None
-        self.kept = every is not None and self.runner.keep(probe, every, self.ids, self.catalog.schema.item.size)
+        self.kept = self.runner.runtime.shared and len(self.ids) > 1 and self._keep(probe)
         shape = self.runner.score(probe).shape
         if shape != (len(self.ids[:2]),):
             raise ConfigError(
@@ -126,6 +126,11 @@ class Worker:
         for (place, _, _), ranked in zip(asked, modelled, strict=True):
             answers[place] = ranked
         return [a.top(q.k) if isinstance(a, Ranked) and q.k else a for q, a in zip(queries, answers, strict=True)]  # type: ignore[misc]
+
+    def _keep(self, probe: Mapping[str, Tensor]) -> bool:
+        """Compute every item's part now: all that can be named, which may be more than the table of items has."""
+        named = np.arange(FIRST, self.catalog.schema.item.size)
+        return self.runner.keep(probe, self.catalog.item_batch(named), named, self.catalog.schema.item.size)
 
     def _modelled(self, queries: Sequence[Query], askers: Sequence[Asker]) -> list[Ranked]:
         items = self._candidates(queries, askers)

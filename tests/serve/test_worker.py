@@ -4,8 +4,9 @@ import pytest
 
 from pennyweight.core.errors import BundleError, ConfigError
 from pennyweight.data.catalog import Vocabulary
-from pennyweight.model.bundle import Bundle
-from pennyweight.model.ranking import DNN
+from pennyweight.data.synthetic import Clicks
+from pennyweight.model.bundle import Bundle, Runtime
+from pennyweight.model.ranking import DLRM, DNN
 from pennyweight.model.spec import Model, build, spec_of
 from pennyweight.serve.worker import Query, Worker
 
@@ -56,6 +57,19 @@ def test_hidden_items_without_a_row_in_the_catalogue_are_no_matter(cascade: Bund
     some = Worker(cascade.replace(catalog=cascade.catalog.replace(items=cascade.catalog.items.head(20))))
     (found,) = some.answer([query(some, 1, [], hidden=np.array([2, 500]), count=100)])
     assert sorted(found.items.tolist()) == some.ids[1:].tolist()
+
+
+def test_an_item_that_the_table_lacks_is_scored_where_items_are_kept_too() -> None:
+    catalog = Clicks(sizes=(20, 60, 9)).dataset(3000).catalog
+    assert catalog.items is not None
+    spec = spec_of(DLRM, columns=catalog.schema.columns, dim=4, bottom=(8, 4), hidden=(8,))
+    given = Bundle(Model.of(build(spec).eval(), spec), catalog.replace(items=catalog.items.head(20)))
+    plain, shared = (Worker(given.replace(runtime=Runtime("eager", 1, shared=s))) for s in (False, True))
+    assert shared.kept and not plain.kept
+    asked = [query(plain, 3, [], items=np.arange(2, 62))]
+    assert not set(asked[0].items.tolist()) <= set(plain.ids.tolist())
+    (expected,), (found,) = plain.answer(asked), shared.answer(asked)
+    np.testing.assert_allclose(found.scores, expected.scores, rtol=1e-4, atol=1e-5)
 
 
 def test_a_bundle_without_items_is_refused(cascade: Bundle) -> None:
