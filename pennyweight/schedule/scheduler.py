@@ -57,7 +57,7 @@ class Knobs:
 
     stretch: float = 0.4
     """A batch may take this share: whoever comes meanwhile waits as long."""
-    gain: float = 0.1
+    gain: float = 0.03
     """A batch grows while a forward's own cost is at least this share of it."""
     pressure: float = 0.5
     """A model is permitted while all that waits would take it this share."""

@@ -84,12 +84,17 @@ def test_killed_workers_lose_nothing_and_nobody_is_answered_twice(load: float) -
 
 def test_a_slow_worker_is_hedged() -> None:
     policy = dataclasses.replace(THREE, deadline_ms=100.0, variants=THREE.variants[:1])
-    trace = offered(policy, 0.4, 4.0, workers=4)
+    load = offered(policy, 0.4, 4.0, workers=4).load
+    assert load is not None
     slow = Fleet(workers=4, noise=0.05, residuals=(*[1.0] * 60, 25.0))
-    alone = simulate(policy, trace, slow)
-    hedged = simulate(dataclasses.replace(policy, hedge=0.05), trace, slow)
-    assert hedged.percentile(99) < 0.7 * alone.percentile(99)
-    assert 0 < hedged.hedged_s <= 0.06 * hedged.busy_s and (hedged.answers <= 1).all()
+    ratios = []
+    for seed in range(5):
+        trace = dataclasses.replace(load, seed=seed).draw()
+        alone = simulate(policy, trace, slow, seed=seed)
+        hedged = simulate(dataclasses.replace(policy, hedge=0.05), trace, slow, seed=seed)
+        ratios.append(hedged.percentile(99) / alone.percentile(99))
+        assert 0 < hedged.hedged_s <= 0.06 * hedged.busy_s and (hedged.answers <= 1).all()
+    assert sorted(ratios)[2] < 0.75
 
 
 def test_a_paused_worker_is_done_without() -> None:
