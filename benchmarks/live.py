@@ -640,22 +640,23 @@ def real(kind: str, names: Sequence[str], bar: float) -> Callable[[Options], Seq
         if "mosec" not in installed():
             return rows
         tried, tuned = theirs(kind, options.seeds, options.quick)
-        _, same = theirs(kind, options.seeds, options.quick, engine=True)
         said = ", ".join(f"{b} by {w} ms {rate:.0f}" for (b, w), rate in tried.items())
         so = f"live: mosec {version('mosec')}, the largest variant, best of batches of {said} a second"
 
         def over(others: Sequence[tuple[float, str]]) -> list[float]:
             return [a / b if b else float("inf") for (a, _), (b, _) in zip(found, others, strict=True)]
 
-        alike = "live: over mosec whose workers score by our engine, each with what depends on the user computed once"
-        return [
-            *rows,
+        rows += [
             spread(id, "rate_over_best_peer", over(tuned), so, bar),
-            spread(id, "rate_over_same_engine", over(same), alike),
             spread(f"{id}/mosec/tuned", "rate", [rate for rate, _ in tuned], f"{so}; {tuned[0][1]}"),
-            spread(f"{id}/mosec/engine", "rate", [rate for rate, _ in same], f"{alike}; {same[0][1]}"),
             spread(f"{id}/mosec/default", "rate", [tried[TUNED[0]]], "live: mosec, batches of 8 and its own 10 ms"),
         ]
+        if kind == "poisson":
+            _, same = theirs(kind, options.seeds, options.quick, engine=True)
+            alike = "live: mosec's workers score by our engine, what depends on the user computed once a request"
+            rows.append(spread(id, "rate_over_same_engine", over(same), alike))
+            rows.append(spread(f"{id}/mosec/engine", "rate", [rate for rate, _ in same], f"{alike}; {same[0][1]}"))
+        return rows
 
     return measure
 
@@ -674,7 +675,8 @@ def theirs(
         ):
             return held(process, one, kind, seed, quick, PEERS["mosec"])
 
-    tried = {(batch, wait): at(batch, wait, 1)[0] for batch, wait in (TUNED[:2] if quick else TUNED)}
+    settings = TUNED[:2] if quick or engine else TUNED
+    tried = {(batch, wait): at(batch, wait, 1)[0] for batch, wait in settings}
     best = max(tried, key=lambda k: tried[k])
     return tried, [at(*best, seed) for seed in range(1, 1 + count)]
 
