@@ -38,7 +38,11 @@ def at_socket(serve: Callable[[Bundle], Any], cascade: Bundle) -> Callable[[Scen
             one.should_exit = one.force_exit = True
             await task
 
-    return lambda scene: client.run(whole(scene))
+    def run(scene: Scene) -> Any:
+        return client.run(whole(scene))
+
+    run.app = client.app  # type: ignore[attr-defined]
+    return run
 
 
 async def said(port: int, data: bytes) -> bytes:
@@ -185,3 +189,66 @@ def test_an_answer_may_take_longer_than_a_head(at_socket: Any, monkeypatch: pyte
     monkeypatch.setattr(server.App, "_answer", slow)
     head = b"GET /health HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n"
     assert at_socket(lambda port: said(port, head)).startswith(b"HTTP/1.1 200")
+
+
+SCORE = b"POST /score HTTP/1.1\r\nhost: x\r\ncontent-length: %d\r\n%s\r\n%s"
+ASKS = {
+    "get": b"GET /health HTTP/1.1\r\nhost: x\r\n\r\n",
+    "head": b"HEAD /health HTTP/1.1\r\nhost: x\r\n\r\n",
+    "query": b"GET /recommend?user=15&k=3 HTTP/1.1\r\nhost: x\r\n\r\n",
+    "score": SCORE % (13, b"", b'{"items":[3]}'),
+    "score of another": SCORE % (13, b"", b'{"items":[4]}'),
+    "a user's, whose events are read": SCORE % (25, b"", b'{"user":15,"items":[3,9]}'),
+    "a body that is no JSON": SCORE % (13, b"", b'{"items":[3}}'),
+    "a deadline": SCORE % (13, b"x-deadline-ms: 900\r\n", b'{"items":[3]}'),
+    "a deadline that is none": SCORE % (13, b"x-deadline-ms: -1\r\n", b'{"items":[3]}'),
+    "no class": SCORE % (13, b"x-priority: no\r\n", b'{"items":[3]}'),
+    "no path": b"GET /nowhere HTTP/1.1\r\nhost: x\r\n\r\n",
+    "no method": b"PUT /score HTTP/1.1\r\nhost: x\r\ncontent-length: 0\r\n\r\n",
+    "no host": b"GET /health HTTP/1.0\r\nconnection: keep-alive\r\n\r\n",
+    "in chunks": b"POST /score HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\n\r\nd\r\n" + b'{"items":[3]}' + b"\r\n0\r\n\r\n",
+    "after an empty line": b"\r\n\r\nGET /health HTTP/1.1\r\nhost: x\r\n\r\n",
+}
+
+
+def test_a_head_that_came_before_means_what_it_meant(at_socket: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def ask(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, data: bytes) -> bytes:
+        writer.write(data)
+        head = await reader.readuntil(b"\r\n\r\n")
+        size = 0 if data.startswith(b"HEAD") else int(head.split(b"content-length: ")[1].split(b"\r\n")[0])
+        return head.split(b"\r\n")[0] + await reader.readexactly(size)
+
+    async def scene(port: int) -> list[list[bytes]]:
+        found = []
+        for _ in range(3):
+            reader, writer = await asyncio.open_connection("127.0.0.1", port)
+            found.append([await ask(reader, writer, data) for data in ASKS.values()])
+            cut, score = 40, ASKS["score"]
+            writer.write(score[:cut])
+            await asyncio.sleep(0.02)
+            found[-1].append(await ask(reader, writer, score[cut:]))
+            found[-1].append(await ask(reader, writer, score * 2))
+            found[-1].append(await ask(reader, writer, b""))
+            writer.close()
+        return found
+
+    first, second, third = at_socket(scene)
+    monkeypatch.setattr(wire, "KNOWN_BYTES", 0)
+    at_socket.app.heads.clear()
+    for plain in at_socket(scene):
+        assert first == second == third == plain
+    assert first[3] != first[4] and len(set(first)) > 9
+
+
+def test_heads_that_never_come_again_take_little_memory(at_socket: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(wire, "KNOWN", 20)
+    known: list[int] = []
+
+    async def scene(port: int) -> None:
+        async with httpx.AsyncClient() as http:
+            for k in range(50):
+                await http.get(f"http://127.0.0.1:{port}/health", headers={"x-trace": str(k)})
+                known.append(len(at_socket.app.heads))
+
+    at_socket(scene)
+    assert max(known) == 20 and min(known) == 1
