@@ -73,6 +73,9 @@ class Knobs:
     """And taken to be this many times as much: what comes in excess of it is told to those who wait, and late."""
     late: float = 1.5
     """A batch is hedged once it has run this many times its safe prediction."""
+    ahead: float = 0.0
+    """Seconds before a worker is predicted to be free from which on it is handed what it runs next: what the way there takes.
+    Later is better for who waits, since more is known; earlier for a worker that would wait for its next batch."""
 
 
 USUAL = Knobs()
@@ -128,18 +131,25 @@ class Flow:
 class Worker:
     """Something that runs one batch at a time."""
 
-    __slots__ = ("batch", "device", "name", "paused", "speed", "until")
+    __slots__ = ("batch", "device", "following", "name", "paused", "speed", "until")
 
     def __init__(self, name: str, device: str) -> None:
         self.name = name
         self.device = device
         self.batch: Batch | None = None
+        self.following: Batch | None = None
+        """What it runs next, already there (``Knobs.ahead``)."""
         self.until = 0.0
         """When it is predicted to be free."""
         self.speed = 1.0
         """Its time over what its device's curve says, smoothed; 1 is the geometric mean of a device's workers."""
         self.paused = False
         """It gets nothing new, as while it loads another bundle."""
+
+    def busy(self, now: float) -> float:
+        """Seconds until it is free; one that is overdue by a time is expected to take as long again."""
+        left = 0.0 if self.batch is None else abs(self.until - now)
+        return left if self.following is None else left + self.following.expected
 
 
 class Batch:
@@ -278,17 +288,17 @@ class Scheduler:
             self._idle.remove(worker)
         self._settle_devices()
         poison: list[Ticket] = []
-        batch, worker.batch = worker.batch, None
+        batch, following, worker.batch, worker.following = worker.batch, worker.following, None, None
         seen: set[int] = set()
-        for piece in batch.pieces if batch else ():
+        for piece in (*(batch.pieces if batch else ()), *(following.pieces if following else ())):
             piece.running -= 1
             ticket = piece.ticket
             if piece.state != "running":
                 continue
-            if id(ticket) not in seen:
+            ticket.expires = ticket.deadline + ticket.span
+            if batch is not None and id(ticket) not in seen and piece in batch.pieces:  # what was not begun killed nobody
                 seen.add(id(ticket))
                 ticket.deaths += 1
-                ticket.expires = ticket.deadline + ticket.span
             if ticket.deaths >= DEATHS:
                 if ticket not in poison:
                     poison.append(ticket)
@@ -466,11 +476,11 @@ class Scheduler:
         return min((costs[d] for d in devices), key=lambda c: c.a + c.r + c.b, default=NOTHING)
 
     def _busy(self, now: float) -> float:
-        """Seconds of work that runs; one overdue by a time is expected to take as long again."""
+        """Seconds of work that workers have."""
         busy = 0.0
         for worker in self.workers.values():
             if worker.batch is not None:
-                busy += abs(worker.until - now)
+                busy += worker.busy(now)
         return busy
 
     def _start_of(self, count: int, load: float, now: float, variant: int) -> tuple[float, float]:
@@ -480,7 +490,7 @@ class Scheduler:
         it is. Where the workers' times lie further apart than a batch is long, work is taken as a fluid instead.
         """
         cost = self._cheapest(variant)
-        free = [0.0 if w.batch is None else abs(w.until - now) for w in self.workers.values() if not w.paused]
+        free = [0.0 if w.batch is None else w.busy(now) for w in self.workers.values() if not w.paused]
         workers = len(free)
         if not workers:
             return RETRY_S, 0.0  # one is on its way, or nobody will ever be answered
@@ -542,6 +552,8 @@ class Scheduler:
             if not batches:
                 break
             started += batches
+        if self.knobs.ahead and self.queue.size and not self._idle:
+            started += self._ahead(now, hurry)
         if self.policy.hedge and self._idle and not self.queue.size:
             started += self._hedges(now)
         return started
@@ -591,12 +603,26 @@ class Scheduler:
         few = (left - cost.a) / each
         return joined * left / full - few > 1
 
-    def _form(self, now: float, hurry: bool) -> list[Batch]:
+    def _ahead(self, now: float, hurry: bool) -> list[Batch]:
+        """Batches for workers that are about to be free."""
+        started: list[Batch] = []
+        for worker in self.workers.values():
+            batch = worker.batch
+            if batch is None or worker.following is not None or worker.paused or worker.until - now > self.knobs.ahead:
+                continue
+            if now < self._overdue(batch):  # who is much too late may never end
+                self._give_up(now)
+                started += self._form(max(now, worker.until), hurry, worker)
+        return started
+
+    def _form(self, now: float, hurry: bool, worker: Worker | None = None) -> list[Batch]:
+        """What starts at ``now`` on the best idle worker, or on one that is free by then."""
         head = self.queue.head()
         if head is None:
             return []
         ticket = head.ticket
-        worker = self._idle[0] if len(self._idle) == 1 else min(self._idle, key=lambda w: w.speed)
+        if worker is None:
+            worker = self._idle[0] if len(self._idle) == 1 else min(self._idle, key=lambda w: w.speed)
         variant = self._choose(ticket, worker, now)
         if self.policy.wait_ms and not hurry and not ticket.deaths:
             full = self.queue.size >= self._limits[variant] or self._limits[variant] == 1
@@ -675,6 +701,9 @@ class Scheduler:
         batch = Batch(worker, pieces, variant, self._costs[variant][worker.device], now, again)
         for piece in pieces:
             piece.running += 1
+        if worker.batch is not None:
+            worker.following = batch
+            return batch
         worker.batch = batch
         worker.until = now + batch.expected
         self._idle.remove(worker)
@@ -746,9 +775,15 @@ class Scheduler:
 
     def _free(self, batch: Batch) -> None:
         worker = batch.worker
+        if worker.following is batch:  # it never got there
+            worker.following = None
+            return
         assert worker.batch is batch, f"worker {worker.name} does not run this batch"
-        worker.batch = None
-        if not worker.paused:
+        worker.batch, worker.following = worker.following, None
+        if worker.batch is not None:
+            worker.batch.start = self.clock()
+            worker.until = worker.batch.start + worker.batch.expected
+        elif not worker.paused:
             self._idle.append(worker)
 
     def _note(self, batch: Batch, took: float) -> None:

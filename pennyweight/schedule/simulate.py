@@ -315,14 +315,19 @@ class _Node:
         """Do what is due now."""
         run, scheduler = self.run, self.scheduler
         for batch in scheduler.dispatch():
-            took = self._takes(batch)
-            run.at(run.now + took, self.done, (batch, took))
+            if batch.worker.batch is batch:
+                self._run(batch)
         for ticket in scheduler.late():
             run.ended(self, ticket, "expired")
         due = scheduler.due()
         if due is not None and due < self.alarm:
             self.alarm = max(due, run.now)
             run.at(self.alarm, self.tick, None)
+
+    def _run(self, batch: Batch) -> None:
+        """A worker begins a batch."""
+        took = self._takes(batch)
+        self.run.at(self.run.now + took, self.done, (batch, took))
 
     def ask(self, work_s: float) -> float:
         """Seconds until it would truly have done one more: its own prediction, at its true speed."""
@@ -358,6 +363,8 @@ class _Node:
         self.run.busy += took
         for ticket in self.scheduler.done(batch, took):
             self.run.ended(self, ticket, "answered")
+        if batch.worker.batch is not None:  # it was handed ahead
+            self._run(batch.worker.batch)
         self.pump()
 
     def kill(self, fault: Fault) -> None:

@@ -26,8 +26,8 @@ import msgspec
 import numpy as np
 
 LENGTH = struct.Struct("<I")
-RUN = struct.Struct("<BxxxIIIQQ")
-"""A batch to run: ``G``; number of the batch, variant, requests; where answers go; bytes of the slot."""
+RUN = struct.Struct("<BBxxIIIQQ")
+"""A batch to run: ``G``; which slot; number of the batch, variant, requests; where answers go; bytes of the slot."""
 RAN = struct.Struct("<BxxxId")
 """A batch that was run: ``G``; its number; seconds it took here."""
 GO = ord("G")
@@ -89,17 +89,17 @@ tells = msgspec.msgpack.Decoder(Tells)
 
 
 def main() -> None:
-    """Serve one front: the descriptors of the socket and of the slot are the arguments."""
+    """Serve one front: the descriptors of the socket and of the slots are the arguments."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     control = socket.socket(fileno=int(sys.argv[1]))
     with contextlib.suppress(BrokenPipeError, ConnectionResetError):
-        _Child(control, int(sys.argv[2])).run()
+        _Child(control, [int(number) for number in sys.argv[2:]]).run()
 
 
 class _Child:
-    def __init__(self, control: socket.socket, descriptor: int) -> None:
-        self.control, self.descriptor = control, descriptor
+    def __init__(self, control: socket.socket, descriptors: Sequence[int]) -> None:
+        self.control, self.descriptors = control, descriptors
         self.workers: list[Any] = []
 
     def run(self) -> None:
@@ -139,7 +139,7 @@ class _Child:
             workers = [Worker(bundles.load(folder), start.allow) for folder in start.folders]
             for worker in workers:
                 _warm(worker)
-            self.slot = Slot(self.descriptor)
+            self.slots = [Slot(descriptor) for descriptor in self.descriptors]
             memory.settled()
             best = workers[0]
             every = len(best.ids) if best.index is None else 0
@@ -150,14 +150,15 @@ class _Child:
         except Exception as error:
             self._send(encode(Failed(str(error), type(error).__name__)))
 
-    def _batch(self, number: int, variant: int, requests: int, at: int, size: int) -> None:
+    def _batch(self, which: int, number: int, variant: int, requests: int, at: int, size: int) -> None:
         from pennyweight.serve.slot import read_queries, write_answers
 
         start = time.perf_counter()
         try:
-            self.slot.fit(size)
-            queries = read_queries(self.slot, requests)
-            write_answers(self.slot, at, queries, _answers(self.workers[variant], queries))
+            slot = self.slots[which]
+            slot.fit(size)
+            queries = read_queries(slot, requests)
+            write_answers(slot, at, queries, _answers(self.workers[variant], queries))
         except Exception as error:
             logging.getLogger("pennyweight.serve").exception("a batch of %d requests failed", requests)
             self._send(encode(Failed(str(error), type(error).__name__, number)))

@@ -35,7 +35,7 @@ from pennyweight.core.errors import Conflict, DeviceError, Overloaded, Pennyweig
 from pennyweight.model.bundle import Policy, Variant
 from pennyweight.schedule.batcher import Desk, Seat, settle, settle_all
 from pennyweight.schedule.queue import Ticket
-from pennyweight.schedule.scheduler import Batch, Scheduler
+from pennyweight.schedule.scheduler import USUAL, Batch, Scheduler
 from pennyweight.serve.child import GO, LENGTH, RAN, RUN, Failed, Measure, Measured, Ready, Start, encode, tells
 from pennyweight.serve.engine import Answer
 from pennyweight.serve.metrics import Metrics
@@ -51,6 +51,9 @@ STALL_S = 10.0
 """Seconds a batch may take beyond twenty times its prediction before its worker counts as dead."""
 STOP_S = 5.0
 """Seconds a worker has to end when it is told to."""
+AHEAD_S = 0.003
+"""Seconds before a worker is predicted to be free from which on it gets its next batch: the way to it and back, where cores are
+taken by those who score, the front and its clients."""
 MEASURE_S = 0.3
 """Seconds that variants without a profile are timed for when the service starts."""
 State = Literal["loading", "spare", "serving", "leaving", "dead"]
@@ -82,6 +85,7 @@ class Flight:
     """A batch under way, or a shadow's request."""
 
     number: int
+    slot: Slot
     parts: Sequence[Part]
     at: int
     """Where its answers are."""
@@ -104,11 +108,13 @@ class Member:
     """A worker process as the front sees it."""
 
     def __init__(
-        self, name: str, edition: Edition, process: subprocess.Popen[bytes], control: socket.socket, slot: Slot
+        self, name: str, edition: Edition, process: subprocess.Popen[bytes], control: socket.socket, slots: Sequence[Slot]
     ) -> None:
-        self.name, self.edition, self.process, self.control, self.slot = name, edition, process, control, slot
+        self.name, self.edition, self.process, self.control, self.slots = name, edition, process, control, slots
         self.state: State = "loading"
-        self.flight: Flight | None = None
+        self.flights: collections.deque[Flight] = collections.deque()
+        """What it runs, and what it was handed to run after that: each in a slot of its own, in turns."""
+        self.turn = 0
         self.inbox = bytearray()
         self.loaded: asyncio.Future[Ready] = asyncio.get_running_loop().create_future()
         self.measured: asyncio.Future[Measured] | None = None
@@ -155,7 +161,7 @@ class Pool:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.edition = Edition(folder, policy)
-        self.scheduler = Scheduler(policy, clock)
+        self.scheduler = Scheduler(policy, clock, dataclasses.replace(USUAL, ahead=AHEAD_S))
         self._desk = Desk(self.scheduler, self._go)
         self._wanted, self._spares, self._allow, self._device = workers, spares, list(allow), device
         self._metrics = metrics
@@ -238,18 +244,18 @@ class Pool:
         """Start a process and tell it what to load."""
         self._started += 1
         ours, theirs = socket.socketpair()
-        slot = Slot.made()
+        slots = [Slot.made() for _ in range(2)]
         threads = max(1, hardware.limits()[0] // self._wanted)
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(p or os.getcwd() for p in sys.path)}
         environment |= {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
         if self._device == "cuda":
             environment["CUDA_VISIBLE_DEVICES"] = str((self._started - 1) % self._wanted)
-        descriptors = (theirs.fileno(), slot.descriptor)
+        descriptors = (theirs.fileno(), *(slot.descriptor for slot in slots))
         command = [sys.executable, "-m", "pennyweight.serve.child", *map(str, descriptors)]
         process = subprocess.Popen(command, pass_fds=descriptors, env=environment, stdin=subprocess.DEVNULL)
         theirs.close()
         ours.setblocking(False)
-        member = Member(f"w{self._started}", edition, process, ours, slot)
+        member = Member(f"w{self._started}", edition, process, ours, slots)
         self._members[member.name] = member
         asyncio.get_running_loop().add_reader(ours, self._heard, member)
         folders = [str(edition.folder / v.folder) if v.folder else str(edition.folder) for v in edition.variants]
@@ -289,9 +295,10 @@ class Pool:
         self._members.pop(member.name, None)
         asyncio.get_running_loop().remove_reader(member.control)
         member.control.close()
-        member.slot.close()
+        for slot in member.slots:
+            slot.close()
         gone = DeviceError(f"worker {member.name} ended before it could answer; its output says why")
-        for future in (member.loaded, member.measured, member.flight.done if member.flight else None):
+        for future in (member.loaded, member.measured, *(flight.done for flight in member.flights)):
             if future is not None and not future.done():
                 future.set_exception(gone)
                 future.exception()  # nobody need ask for it
@@ -347,7 +354,7 @@ class Pool:
         """Workers that have not answered for far too long are ended; what they had goes to others."""
         now = self.scheduler.clock()
         for member in self.members:
-            batch = member.flight.batch if member.flight else None
+            batch = member.flights[0].batch if member.flights else None
             if batch is not None and now - batch.start > STALL_S + 20 * batch.expected:
                 log.error("worker %s has not answered for %.0f s and is ended", member.name, now - batch.start)
                 member.process.kill()
@@ -390,9 +397,11 @@ class Pool:
         done: asyncio.Future[list[Outcome]] | None = None,
     ) -> None:
         self._numbers = (self._numbers + 1) & 0xFFFFFFFF
-        at = write_queries(member.slot, parts)
-        member.flight = Flight(self._numbers, parts, at, batch, done)
-        member.send(RUN.pack(GO, self._numbers, variant, len(parts), at, member.slot.size))
+        slot = member.slots[member.turn]
+        at = write_queries(slot, parts)
+        member.flights.append(Flight(self._numbers, slot, parts, at, batch, done))
+        member.send(RUN.pack(GO, member.turn, self._numbers, variant, len(parts), at, slot.size))
+        member.turn = 1 - member.turn
 
     def _heard(self, member: Member) -> None:
         """Something came from a worker, or its end."""
@@ -428,11 +437,10 @@ class Pool:
 
     def _ran(self, member: Member, number: int, seconds: float) -> None:
         """A batch was scored."""
-        flight = member.flight
-        if flight is None or flight.number != number:
+        if not member.flights or member.flights[0].number != number:
             return
-        answers = read_answers(member.slot, flight.at, flight.parts)
-        member.flight = None
+        flight = member.flights.popleft()
+        answers = read_answers(flight.slot, flight.at, flight.parts)
         if flight.done is not None:
             if not flight.done.done():
                 flight.done.set_result(answers)
@@ -472,10 +480,9 @@ class Pool:
 
     def _failed(self, member: Member, message: Failed) -> None:
         """A batch ended in an error, its worker is well."""
-        flight = member.flight
-        if flight is None or flight.number != message.batch:
+        if not member.flights or member.flights[0].number != message.batch:
             return
-        member.flight = None
+        flight = member.flights.popleft()
         error = RuntimeError(f"worker {member.name}: {message.kind}: {message.text}")
         if flight.batch is None:
             if flight.done is not None and not flight.done.done():
@@ -488,8 +495,8 @@ class Pool:
     def _lost(self, member: Member) -> None:
         """A worker's process has ended without being told to."""
         serving = member.name in self.scheduler.workers
-        batch = self.scheduler.workers[member.name].batch if serving else None
-        before = {id(p.ticket): p.ticket for p in batch.pieces if p.state == "running"} if batch else {}
+        had = [flight.batch for flight in member.flights if flight.batch is not None] if serving else []
+        before = {id(p.ticket) for batch in had for p in batch.pieces if p.state == "running"}
         poison = self.scheduler.died(member.name) if serving else []
         was = member.state
         self._forget(member)
@@ -506,8 +513,8 @@ class Pool:
             self._desk.pump()
 
     def _left(self, member: Member) -> None:
-        """One whose edition is over goes after its batch."""
-        if member.state == "leaving":
+        """One whose edition is over goes after its last batch."""
+        if member.state == "leaving" and not member.flights:
             self._do(self._bury(member, patient=True))
 
     # -- another bundle ------------------------------------------------------------------------------------------------------
@@ -583,7 +590,7 @@ class Pool:
         for member in new:
             self._join(member)
         for member in old:
-            idle = member.flight is None
+            idle = not member.flights
             if member.state == "serving":
                 member.state = "leaving"
             if idle:

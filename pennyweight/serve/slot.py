@@ -1,8 +1,8 @@
 """Requests and answers in memory that two processes see: arrays as they are, nothing pickled, nothing sent.
 
-A worker runs one batch at a time, so it has one slot: the front writes the batch's requests into it, the worker its answers
-behind them, and the socket between the two carries a few numbers that say where. A queue of pickles, the usual way, copies
-every array four times and runs whatever bytes it is handed.
+A worker runs one batch at a time and may have the next one already, so it has two slots in turns: the front writes a batch's
+requests into one, the worker its answers behind them, and the socket between the two carries a few numbers that say where. A
+queue of pickles, the usual way, copies every array four times and runs whatever bytes it is handed.
 
 The memory has no name (``memfd_create``; elsewhere a temporary file that is removed at once) and its descriptor is inherited.
 ``multiprocessing.shared_memory`` gives names that outlive a killed process, and a tracker that removes them under the others.

@@ -521,6 +521,40 @@ def test_speeds_and_curves_do_not_drift_apart() -> None:
     assert slow / fast == pytest.approx(4 / 3, rel=0.3) and slow * fast == pytest.approx(1.0)
 
 
+def test_a_worker_about_to_be_free_is_handed_what_it_runs_next() -> None:
+    world = World(dataclasses.replace(ONE, batch=1, deadline_ms=1000.0), knobs=dataclasses.replace(USUAL, ahead=0.001))
+    for name in "abcd":
+        world.offer(name)
+    (first,) = world.start()
+    assert world.start() == [], "4.5 ms before it is free"
+    world.now += 0.004
+    (second,) = world.start()
+    assert (values(second), first.worker.following) == (["b"], second) and world.start() == [], "one at a time"
+    world.now += 0.0005
+    assert world.done(first) == ["a"] and first.worker.batch is second and second.start == world.now
+    assert world.start() == [] and first.worker.until == pytest.approx(world.now + 0.0045)
+    world.now += 0.004
+    (third,) = world.start()
+    world.now += 0.1
+    assert values(third) == ["c"] and world.done(second) == ["b"]
+    world.now += 0.1
+    assert world.start() == [], "much too late: it may never end"
+
+
+def test_what_a_worker_had_not_begun_when_it_died_is_nobodys_fault() -> None:
+    world = World(dataclasses.replace(ONE, batch=1, deadline_ms=1000.0), knobs=dataclasses.replace(USUAL, ahead=1.0))
+    world.offer("deadly")
+    world.now += 0.001
+    world.offer("next")
+    for _ in range(2):
+        assert [values(batch) for batch in world.start()] == [["deadly"], ["next"]]
+        poison = world.scheduler.died(f"w{_}")
+        world.scheduler.join(f"w{_ + 1}")
+    assert [ticket.value for ticket in poison] == ["deadly"]
+    (batch,) = world.start()
+    assert values(batch) == ["next"] and batch.pieces[0].ticket.deaths == 0
+
+
 def test_curves_are_learned() -> None:
     world = World(dataclasses.replace(ONE, deadline_ms=10_000.0))
     for _ in range(200):
@@ -563,8 +597,8 @@ STEP = st.one_of(
 class Chaos(World):
     """Steps in any order, and what came of each accepted request."""
 
-    def __init__(self, policy: Policy, workers: int) -> None:
-        super().__init__(policy, workers)
+    def __init__(self, policy: Policy, workers: int, ahead: float = 0.0) -> None:
+        super().__init__(policy, workers, dataclasses.replace(USUAL, ahead=ahead))
         self.fates: dict[Ticket, list[str]] = {}
         self.running: list[Batch] = []
         self.names = workers
@@ -587,7 +621,9 @@ class Chaos(World):
                 self.scheduler.drop(ticket)
                 self.fates[ticket].append("left")
         elif self.running and what in ("done", "kill", "fail"):
-            batch = self.running.pop(how[0] % len(self.running))
+            batch = self.running[how[0] % len(self.running)]
+            batch = batch.worker.batch or batch  # what was handed ahead comes after it
+            self.running.remove(batch)
             if what == "done":
                 self.now = max(self.now, batch.start + batch.expected * how[1])
                 self.ended(self.scheduler.done(batch), "answered")
@@ -595,6 +631,7 @@ class Chaos(World):
                 self.ended(self.scheduler.failed(batch), "failed")
             else:
                 self.ended(self.scheduler.died(batch.worker.name), "poison")
+                self.running = [other for other in self.running if other.worker is not batch.worker]
                 self.names += 1
                 self.scheduler.join(f"w{self.names}")
         self.pump()
@@ -636,7 +673,7 @@ class Chaos(World):
             if not fate:
                 assert all(p.state in ("waiting", "running", "done") for p in ticket.pieces)
         for batch in self.running:
-            assert batch.worker.batch is batch
+            assert batch in (batch.worker.batch, batch.worker.following)
             for piece in batch.pieces:
                 assert piece.ticket.degrade or MIXED.variants[batch.variant].within
         due = scheduler.due()
@@ -645,9 +682,9 @@ class Chaos(World):
 
 
 @settings(max_examples=150, deadline=None)
-@given(st.lists(STEP, max_size=120), st.integers(1, 4))
-def test_every_accepted_request_ends_exactly_once(steps: list[tuple[Any, ...]], workers: int) -> None:
-    chaos = Chaos(MIXED, workers)
+@given(st.lists(STEP, max_size=120), st.integers(1, 4), st.sampled_from([0.0, 0.01, 10.0]))
+def test_every_accepted_request_ends_exactly_once(steps: list[tuple[Any, ...]], workers: int, ahead: float) -> None:
+    chaos = Chaos(MIXED, workers, ahead)
     for step in steps:
         chaos.step(step)
     while chaos.running:

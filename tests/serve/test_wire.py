@@ -206,7 +206,9 @@ ASKS = {
     "no path": b"GET /nowhere HTTP/1.1\r\nhost: x\r\n\r\n",
     "no method": b"PUT /score HTTP/1.1\r\nhost: x\r\ncontent-length: 0\r\n\r\n",
     "no host": b"GET /health HTTP/1.0\r\nconnection: keep-alive\r\n\r\n",
-    "in chunks": b"POST /score HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\n\r\nd\r\n" + b'{"items":[3]}' + b"\r\n0\r\n\r\n",
+    "in chunks": b"POST /score HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\n\r\nd\r\n"
+    + b'{"items":[3]}'
+    + b"\r\n0\r\n\r\n",
     "after an empty line": b"\r\n\r\nGET /health HTTP/1.1\r\nhost: x\r\n\r\n",
 }
 
