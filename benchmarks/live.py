@@ -554,13 +554,17 @@ def replayed(name: str, policy: Policy, setting: Setting, trace: Arrivals) -> tu
     return found, found.replay(policy, WORKERS, ours=False)
 
 
+FAILING = 0.5
+"""Share of a peer's answers that may be refusals; they count for nothing."""
+
+
 def hammered(name: str, setting: Setting, seconds: float) -> float:
     """A peer's answers a second where the device does nothing."""
     peer, nothing = PEERS[name], device(0.0001, 0.0, 1000.0)
     with beside(name, nothing, setting) as process:
         ask = post(peer.path, peer.body, peer.kind)
-        run(hammer(process.host, process.port, ask, 32, min(1.0, seconds)))
-        rate: float = run(hammer(process.host, process.port, ask, 32, seconds))[0]
+        run(hammer(process.host, process.port, ask, 32, min(1.0, seconds), FAILING))
+        rate: float = run(hammer(process.host, process.port, ask, 32, seconds, FAILING))[0]
         return rate
 
 
