@@ -12,6 +12,7 @@ simulator and for a live load alike. It is apart because the first needs a catal
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import math
 import os
@@ -304,9 +305,16 @@ def _thinned(seconds: float, starts: Times, rates: Times, rng: np.random.Generat
 
 def _zipf(values: int, n: int, rng: np.random.Generator, skew: float = 1.0) -> Ints:
     """Ranks from 0, rank k with odds of 1 over k + 1 to the power of ``skew``."""
-    odds = np.cumsum(1 / np.arange(1.0, values + 1) ** skew)
+    odds = _odds(values, skew)
     found: Ints = np.searchsorted(odds, rng.random(n) * odds[-1])
     return found
+
+
+@functools.lru_cache(8)
+def _odds(values: int, skew: float) -> Times:
+    """Odds added up: each request of a trace asks for the same."""
+    odds: Times = np.cumsum(1 / np.arange(1.0, values + 1) ** skew)
+    return odds
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
