@@ -47,6 +47,8 @@ FULL = 0.95
 """Share of the workers' time that more important classes are taken to need at most."""
 CALM = 0.1
 """Share of its time within twice of which an answer is no sign of trouble, however little was predicted."""
+USUAL_SHARE = 0.01
+"""Weight of a new request in what requests usually ask for."""
 RETRY_S = 1.0
 """Seconds after which one request is let in to try what predictions say is hopeless, while nothing else is there."""
 
@@ -59,7 +61,7 @@ class Knobs:
     """A batch may take this share: whoever comes meanwhile waits as long."""
     gain: float = 0.03
     """A batch grows while a forward's own cost is at least this share of it."""
-    pressure: float = 0.5
+    pressure: float = 0.35
     """A model is permitted while all that waits would take it this share."""
     room: float = 0.8
     """Share of ``pressure`` below which a better model may come back."""
@@ -202,6 +204,9 @@ class Scheduler:
         """Seconds of work done a second time."""
         self.worked = 0.0
         """Seconds of work in all."""
+        self._items = 1.0
+        """Items a request asks for, smoothed."""
+        self._devices: list[str] = []
         self._follow(policy)
         self._quotas = {tenant.name: tenant for tenant in policy.tenants}
         self._buckets: dict[str, Bucket] = {}
@@ -210,7 +215,6 @@ class Scheduler:
         self._tried = -math.inf
         self._hopeless: list[Ticket] = []
         self._lessons: list[tuple[Cost, int, int, float]] = []
-        self._devices: list[str] = []
 
     def _follow(self, policy: Policy) -> None:
         self.policy = policy
@@ -221,6 +225,9 @@ class Scheduler:
         self._within = [variant.within for variant in self.variants]
         self._floor = (max(i for i, ok in enumerate(self._within) if ok), len(self.variants) - 1)
         knobs = self.knobs
+        self._least = self._floor
+        """By whether unproven variants may answer: the one that takes least at full load, by which admission predicts."""
+        self._find_least()
         patience = knobs.patience * self._spans[0]
         self._ladder = Ladder(len(self.variants), limit=knobs.pressure, room=knobs.room, patience=patience)
 
@@ -311,6 +318,22 @@ class Scheduler:
     def _settle_devices(self) -> None:
         """The devices there are, and what the cheapest variants cost on them, for predictions over all workers."""
         self._devices = list(dict.fromkeys(worker.device for worker in self.workers.values()))
+        self._find_least()
+
+    def _find_least(self) -> None:
+        """Learned, not the last one: that may cost more a forward, or was measured when cold and never since.
+
+        A model nobody uses keeps a curve that nobody corrects; if admission went by it alone, it would refuse what the models
+        in use could do.
+        """
+
+        def takes(variant: int) -> float:
+            cost = self._cheapest(variant)
+            each = cost.r + cost.b * self._items
+            return math.inf if cost.learned is None else cost.m * (cost.a / self._fit(cost, variant, each) + each)
+
+        least = (min(range(floor, -1, -1), key=takes) for floor in self._floor)
+        self._least = (next(least), next(least))
 
     # -- requests ------------------------------------------------------------------------------------------------------------
 
@@ -346,6 +369,7 @@ class Scheduler:
                 raise RequestError(f"a deadline of {deadline_s:g} s from now; give one above 0")
             span = min(span, deadline_s)
         allowed = self.classes[rank].degrade if degrade is None else degrade
+        self._items += USUAL_SHARE * (items - self._items)
         ticket = Ticket(value, items, rank, tenant, now, now + span, allowed)
         piece = ticket.pieces[0]
         self._room()
@@ -359,7 +383,7 @@ class Scheduler:
         self.inside += 1
         self.queue.push(piece)
         if rank + 1 < len(self._flows):
-            variant = self._floor[allowed]
+            variant = self._least[allowed]
             cost = self._cheapest(variant)
             self._flows[rank].add(cost.m * (cost.a / self._joined(cost, variant) + piece.floor), now)
         return ticket
@@ -394,7 +418,7 @@ class Scheduler:
     @property
     def drain(self) -> float:
         """Seconds until those who wait now have been answered, by the cheapest model that may."""
-        return self._start_of(self.queue.size, sum(self.queue.loads), self.clock(), self._floor[0])[0]
+        return self._start_of(self.queue.size, sum(self.queue.loads), self.clock(), self._least[0])[0]
 
     def usual(self, items: int) -> float:
         """Seconds one request of so many items takes, by the model in use."""
@@ -511,12 +535,16 @@ class Scheduler:
         limit = self._limits[variant]
         if limit == 1 or not self.queue.size:
             return limit
-        each = cost.r + cost.b * self.queue.items / self.queue.size
+        return self._fit(cost, variant, cost.r + cost.b * self.queue.items / self.queue.size)
+
+    def _fit(self, cost: Cost, variant: int, each: float) -> int:
+        """Requests that one forward would join at most where each adds so much."""
+        limit = self._limits[variant]
         return limit if each <= 0 else max(1, min(limit, int(cost.a * (1 / self.knobs.gain - 1) / each)))
 
     def _predict(self, ticket: Ticket, piece: Piece, now: float) -> float:
         """Seconds until a new request would be answered, by the cheapest variant it may have; what it adds to the queue."""
-        variant = self._floor[ticket.degrade]
+        variant = self._least[ticket.degrade]
         cost = self._cheapest(variant)
         piece.floor = cost.r + cost.b * ticket.items
         count, load = 0, 0.0
@@ -591,7 +619,7 @@ class Scheduler:
         Where whole batches wait, each forward that is not full leaves somebody late. Serving whoever is about to expire
         first, in batches that are small for that, keeps everybody about to expire (the domino effect of deadlines).
         """
-        variant = self._floor[ticket.degrade]
+        variant = self._least[ticket.degrade]
         joined = self._joined(cost, variant)
         each = sum(self.queue.loads) / self.queue.size
         if joined == 1 or self.queue.size <= joined or each <= 0 or ticket.expires > ticket.deadline:
@@ -807,6 +835,7 @@ class Scheduler:
         self._lessons.clear()
         for device in self._devices:
             self._even(device)
+        self._find_least()
 
     def _even(self, device: str) -> None:
         """Leave what a device's workers have in common to its curves.
