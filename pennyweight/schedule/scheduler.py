@@ -225,8 +225,6 @@ class Scheduler:
         self._within = [variant.within for variant in self.variants]
         self._floor = (max(i for i, ok in enumerate(self._within) if ok), len(self.variants) - 1)
         knobs = self.knobs
-        self._least = self._floor
-        """By whether unproven variants may answer: the one that takes least at full load, by which admission predicts."""
         self._find_least()
         patience = knobs.patience * self._spans[0]
         self._ladder = Ladder(len(self.variants), limit=knobs.pressure, room=knobs.room, patience=patience)
@@ -321,10 +319,10 @@ class Scheduler:
         self._find_least()
 
     def _find_least(self) -> None:
-        """Learned, not the last one: that may cost more a forward, or was measured when cold and never since.
+        """The variant that takes least at full load, without unproven ones and with them: what admission predicts by.
 
-        A model nobody uses keeps a curve that nobody corrects; if admission went by it alone, it would refuse what the models
-        in use could do.
+        Learned, not the last one: that may cost more a forward, or was measured when cold and never since. A model nobody uses
+        keeps a curve that nobody corrects; if admission went by it alone, it would refuse what the models in use could do.
         """
 
         def takes(variant: int) -> float:
@@ -332,8 +330,8 @@ class Scheduler:
             each = cost.r + cost.b * self._items
             return math.inf if cost.learned is None else cost.m * (cost.a / self._fit(cost, variant, each) + each)
 
-        least = (min(range(floor, -1, -1), key=takes) for floor in self._floor)
-        self._least = (next(least), next(least))
+        proven, every = (min(range(floor, -1, -1), key=takes) for floor in self._floor)
+        self._least = proven, every
 
     # -- requests ------------------------------------------------------------------------------------------------------------
 
@@ -501,11 +499,7 @@ class Scheduler:
 
     def _busy(self, now: float) -> float:
         """Seconds of work that workers have."""
-        busy = 0.0
-        for worker in self.workers.values():
-            if worker.batch is not None:
-                busy += worker.busy(now)
-        return busy
+        return sum(worker.busy(now) for worker in self.workers.values())
 
     def _start_of(self, count: int, load: float, now: float, variant: int) -> tuple[float, float]:
         """Seconds until a request behind ``count`` others (``load`` seconds, forwards aside) starts, and what its batch shares.
@@ -514,7 +508,7 @@ class Scheduler:
         it is. Where the workers' times lie further apart than a batch is long, work is taken as a fluid instead.
         """
         cost = self._cheapest(variant)
-        free = [0.0 if w.batch is None else w.busy(now) for w in self.workers.values() if not w.paused]
+        free = [w.busy(now) for w in self.workers.values() if not w.paused]
         workers = len(free)
         if not workers:
             return RETRY_S, 0.0  # one is on its way, or nobody will ever be answered

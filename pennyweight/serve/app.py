@@ -98,7 +98,7 @@ class Target(msgspec.Struct, frozen=True):
 
 
 class Seat:
-    """A request for scores that was begun: what a task and its future would be, at a third of their time."""
+    """A request for scores that was begun: what a task and its future would be, for less."""
 
     __slots__ = ("_app", "_done", "_over", "ask", "start", "target", "ticket")
 
@@ -184,7 +184,7 @@ class App:
         try:
             path, query = wire.split(url)
         except RequestError as error:
-            return Target(method, "", reply=failed(error))
+            return Target(method, "other", reply=failed(error))
         return self._target(method, path, query, headers)
 
     async def reply(self, target: Target, body: bytes) -> Reply:

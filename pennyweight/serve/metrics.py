@@ -14,7 +14,7 @@ import itertools
 from collections.abc import Callable, Iterable, Sequence
 from typing import TypeVar
 
-from prometheus_client import CollectorRegistry, Gauge, generate_latest
+from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
 from prometheus_client.registry import Collector
@@ -60,12 +60,11 @@ class Metrics:
 
     def follow(self, scheduler: Scheduler) -> None:
         """Report a scheduler's queue and workers from now on."""
-        self.registry.register(_Follows(scheduler))
+        self._kept(_Follows(scheduler))
 
     def hot_rows(self, rate: Callable[[], float]) -> None:
         """Report how often a hot row answered a lookup."""
-        name, says = "pennyweight_hot_rows_hit_ratio", "Lookups answered by rows near the compute."
-        Gauge(name, says, registry=self.registry).set_function(rate)
+        self._kept(_Gauge("hot_rows_hit_ratio", "Lookups answered by rows near the compute.", rate))
 
     def answered(self, path: str, status: int, seconds: float) -> None:
         """Count one answer."""
@@ -156,6 +155,17 @@ class _Histogram(Collector):
                 [*map(str, labels)], [*zip(ends, itertools.accumulate(counts), strict=True)], self._sums[labels]
             )  # fmt: skip
         yield family
+
+
+class _Gauge(Collector):
+    """A number that is asked for when it is written."""
+
+    def __init__(self, name: str, says: str, ask: Callable[[], float]) -> None:
+        self._about, self._ask = (f"pennyweight_{name}", says), ask
+
+    def collect(self) -> Iterable[Metric]:
+        """As Prometheus has it."""
+        yield GaugeMetricFamily(*self._about, self._ask())
 
 
 class _Follows(Collector):
