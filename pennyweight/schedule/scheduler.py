@@ -81,6 +81,8 @@ class Knobs:
 
 
 USUAL = Knobs()
+PROCESSES = Knobs(ahead=0.003)
+"""Where workers are processes: this is the way to one and back while those who score, the front and its clients share cores."""
 
 
 class Cost:

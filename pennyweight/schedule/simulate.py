@@ -26,7 +26,7 @@ from pennyweight.data.requests import Arrivals
 from pennyweight.model.bundle import Policy, Variant
 from pennyweight.schedule.balance import HotCold, Oracle, PowerOfTwo, Probe, RoundRobin, Rule
 from pennyweight.schedule.queue import Ticket
-from pennyweight.schedule.scheduler import USUAL, Batch, Knobs, Scheduler
+from pennyweight.schedule.scheduler import PROCESSES, Batch, Knobs, Scheduler
 
 Array = npt.NDArray[np.float64]
 Fate = Literal["answered", "late", "full", "quota", "guard", "expired", "poison", "lost"]
@@ -66,7 +66,8 @@ class Fleet:
     """Measured over predicted times to draw from, in place of ``noise``."""
     faults: tuple[Fault, ...] = ()
     overhead_s: float = 0.0
-    """Seconds between a worker's answer and its next start: the front's part."""
+    """Seconds that an answer takes beyond its wait and its forward: the front's part, and the ways. Workers do not wait for it:
+    their next batch is there before (``Knobs.ahead``)."""
 
     def true(self, policy: Policy) -> tuple[Curve, ...]:
         """The curve of each variant.
@@ -215,7 +216,7 @@ def simulate(
     fleet: Fleet | Sequence[Fleet],
     *,
     seed: int = 0,
-    knobs: Knobs = USUAL,
+    knobs: Knobs = PROCESSES,
     rule: Rule | Literal["hot-cold", "power-of-two", "round-robin", "oracle"] = "hot-cold",
     probe_s: float = 0.0005,
 ) -> Replay:
@@ -226,7 +227,7 @@ def simulate(
         trace: when requests come.
         fleet: the workers as they truly are; several fleets are several machines, each with a scheduler.
         seed: of the residuals, and of the rule.
-        knobs: how the scheduler weighs.
+        knobs: how the scheduler weighs; as in the service by default.
         rule: which machine gets a request, where there are several.
         probe_s: seconds until a machine's answer to a probe is there.
 
@@ -346,7 +347,7 @@ class _Node:
             drawn = self.rng.choice(fleet.residuals, 4096) if fleet.residuals else self.rng.lognormal(0, noise, 4096)
             self.factors = drawn.tolist()
         ms = self.curves[batch.variant].ms(len(batch.pieces), batch.items)
-        return ms / 1000 * self.factors.pop() * self.slow[int(batch.worker.name)] + self.fleet.overhead_s
+        return ms / 1000 * self.factors.pop() * self.slow[int(batch.worker.name)]
 
     # -- events --------------------------------------------------------------------------------------------------------------
 
@@ -456,7 +457,7 @@ class _Run:
         self.fate[place] = FATES.index(fate)
         self.rule.answered(node.name)
         if fate == "answered":
-            self.latency[place] = self.now - ticket.arrived
+            self.latency[place] = self.now - ticket.arrived + node.fleet.overhead_s
             self.variant[place] = ticket.level
             self.answers[place] += 1
 

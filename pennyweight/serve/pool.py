@@ -35,7 +35,7 @@ from pennyweight.core.errors import Conflict, DeviceError, Overloaded, Pennyweig
 from pennyweight.model.bundle import Policy, Variant
 from pennyweight.schedule.batcher import Desk, Seat, settle, settle_all
 from pennyweight.schedule.queue import Ticket
-from pennyweight.schedule.scheduler import USUAL, Batch, Scheduler
+from pennyweight.schedule.scheduler import PROCESSES, Batch, Scheduler
 from pennyweight.serve.child import GO, LENGTH, RAN, RUN, Failed, Measure, Measured, Ready, Start, encode, tells
 from pennyweight.serve.engine import Answer
 from pennyweight.serve.metrics import Metrics
@@ -51,9 +51,6 @@ STALL_S = 10.0
 """Seconds a batch may take beyond twenty times its prediction before its worker counts as dead."""
 STOP_S = 5.0
 """Seconds a worker has to end when it is told to."""
-AHEAD_S = 0.003
-"""Seconds before a worker is predicted to be free from which on it gets its next batch: the way to it and back, where cores are
-taken by those who score, the front and its clients."""
 MEASURE_S = 0.3
 """Seconds that variants without a profile are timed for when the service starts."""
 State = Literal["loading", "spare", "serving", "leaving", "dead"]
@@ -161,7 +158,7 @@ class Pool:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.edition = Edition(folder, policy)
-        self.scheduler = Scheduler(policy, clock, dataclasses.replace(USUAL, ahead=AHEAD_S))
+        self.scheduler = Scheduler(policy, clock, PROCESSES)
         self._desk = Desk(self.scheduler, self._go)
         self._wanted, self._spares, self._allow, self._device = workers, spares, list(allow), device
         self._metrics = metrics
