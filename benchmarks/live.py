@@ -18,6 +18,7 @@ import sys
 import sysconfig
 import tempfile
 import time
+import urllib.request
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,6 +27,7 @@ from typing import Any
 import numpy as np
 import psutil
 import torch
+from prometheus_client.parser import text_string_to_metric_families
 
 from benchmarks.device import Device
 from benchmarks.harness import Options, Row
@@ -438,7 +440,7 @@ def calibration(options: Options) -> Sequence[Row]:
     }
     points, tails, notes = [], [], []
     for name, (policy, draw) in cases.items():
-        fleet = Fleet(workers=WORKERS, noise=0.02, overhead_s=overhead(policy))
+        fleet = alone(policy, round(float(draw(7).items.mean())))
         for s in seeds(options):
             trace = draw(s)
             found, done = live(policy, trace)
@@ -456,14 +458,35 @@ def calibration(options: Options) -> Sequence[Row]:
     )
 
 
-def overhead(policy: Policy) -> float:
-    """Seconds that a request takes beyond its forward where nothing waits: what the simulator does not know by itself."""
-    trace = single(10.0, 15.0, 7)
+def alone(policy: Policy, items: int) -> Fleet:
+    """The workers as they are where nothing waits, asked for so many items ten times a second.
+
+    What the simulator does not know by itself: what a batch takes on its worker beyond the forward, as the service says of it,
+    and an answer beyond that, as its client sees it.
+    """
+    trace = Load(rate=10.0, seconds=15.0, sizes="fixed", items=items, seed=7).draw()
     with served(policy) as (process, _):
         warm(process, policy)
+        before = _batches(process)
         found: Live = run(replay(process.host, process.port, trace, asks(trace, ITEMS)))
-    alone = policy.variants[0].costs["cpu"].ms(1, 1) / 1000
-    return max(0.0, float(np.median(found.latency[found.status == 200])) - alone)
+        count, seconds = (now - then for now, then in zip(_batches(process), before, strict=True))
+    curves = [v.costs["cpu"] for v in policy.variants]
+    forward = curves[0].ms(1, items) / 1000
+    more = max(0.0, seconds / count - forward)
+    way = max(0.0, float(np.median(found.latency[found.status == 200])) - forward - more)
+    slower = tuple(dataclasses.replace(c, fixed_ms=c.fixed_ms + 1000 * more) for c in curves)
+    return Fleet(workers=WORKERS, curves=slower, noise=0.02, overhead_s=way)
+
+
+def _batches(process: Process) -> tuple[float, float]:
+    """How many batches there were, and their workers' seconds."""
+    with urllib.request.urlopen(f"http://{process.host}:{process.port}/metrics") as answer:
+        families = {f.name: f for f in text_string_to_metric_families(answer.read().decode())}
+    samples = families["pennyweight_batch_seconds"].samples
+    return (
+        sum(s.value for s in samples if s.name.endswith("_count")),
+        sum(s.value for s in samples if s.name.endswith("_sum")),
+    )
 
 
 # -- peers -----------------------------------------------------------------------------------------------------------------

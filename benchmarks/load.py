@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import collections
 import contextlib
+import ctypes
 import dataclasses
 import os
 import re
@@ -289,10 +290,16 @@ def run(work: Coroutine[Any, Any, Any]) -> Any:
 
 
 class Process:
-    """A server in a process of its own, that says where it listens on its standard error; or is given a port, and tried."""
+    """A server in a process of its own, that says where it listens on its standard error; or is given a port, and tried.
+
+    What it starts ends with it, and the time it took counts as this process's own: daemons that leave their parents, as Ray's
+    and Triton's do, become children of this one.
+    """
 
     def __init__(self, command: Sequence[str], says: str = r"http://127\.0\.0\.1:(\d+)", port: int = 0, **options: Any) -> None:
         self.host, self.port = "127.0.0.1", port
+        _adopt_orphans()
+        self._before = {child.pid for child in psutil.Process().children()}
         if port:
             quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
             self.process = subprocess.Popen(command, text=True, **quiet, **options)
@@ -306,7 +313,8 @@ class Process:
             if found := re.search(says, line):
                 self.port = int(found[1])
                 # a log nobody reads fills its pipe, and then whoever writes to it waits
-                threading.Thread(target=collections.deque, args=(self.process.stderr, 100), daemon=True).start()
+                self._log = threading.Thread(target=collections.deque, args=(self.process.stderr, 100), daemon=True)
+                self._log.start()
                 return
         raise DeviceError(f"{' '.join(command[:4])} did not start: {''.join(told)[-2000:]}")
 
@@ -325,23 +333,36 @@ class Process:
         return self
 
     def __exit__(self, *_: object) -> None:
-        family = list[psutil.Process]()
-        with contextlib.suppress(psutil.NoSuchProcess):
-            family += psutil.Process(self.process.pid).children(recursive=True)
         self.process.send_signal(signal.SIGTERM)
         try:
             self.process.wait(60)
         except subprocess.TimeoutExpired:
             self.process.kill()
             self.process.wait()
-        for left in psutil.wait_procs(family, timeout=5)[1]:  # a peer's workers may outlive it, and work on
-            with contextlib.suppress(psutil.NoSuchProcess):
-                left.kill()
+        patience = 5.0
+        while left := self._left():  # a peer's workers may outlive it, and work on
+            for one in psutil.wait_procs(left, timeout=patience)[1]:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    one.kill()
+            patience = 0.5
+        if self.process.stderr is not None:
+            self._log.join()
+            self.process.stderr.close()
+
+    def _left(self) -> list[psutil.Process]:
+        """What it started and is still there; what has ended is waited for by whoever asks for it."""
+        return [child for child in psutil.Process().children() if child.pid not in self._before]
 
     def workers(self) -> list[psutil.Process]:
         """The processes that score, the oldest first: the last one is the spare."""
         children = psutil.Process(self.process.pid).children()
         return sorted((c for c in children if "pennyweight.serve.child" in c.cmdline()), key=lambda c: c.create_time())
+
+
+def _adopt_orphans() -> None:
+    """Have this process be the parent of those whose own has ended (Linux alone)."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(36, 1, 0, 0, 0)  # PR_SET_CHILD_SUBREAPER
 
 
 def free() -> int:

@@ -114,4 +114,4 @@ class Local:
         self.thread.shutdown()
 
     def _observe(self, batch: Batch, seconds: float) -> None:
-        self._metrics.batch(len(batch.pieces), batch.expected, seconds)
+        self._metrics.batch(len(batch.pieces), batch.expected, seconds, self.scheduler.variants[batch.variant].name, seconds)

@@ -44,6 +44,9 @@ class Metrics:
         self._predicted = self._kept(
             _Histogram("predicted_over_actual", "A batch's predicted seconds over those it took.", RATIOS)
         )
+        self._took = self._kept(
+            _Histogram("batch_seconds", "A batch on its worker, by the variant that ran.", SECONDS, "variant")
+        )
         self._answers = self._kept(_Counter("answers", "Queries answered, by the variant that did.", "variant"))
         self._sheds = self._kept(
             _Counter("sheds", "Requests refused for load, by class, tenant and reason.", "class", "tenant", "reason")
@@ -75,9 +78,10 @@ class Metrics:
         """Count one query answered by a variant."""
         self._answers.add((variant,))
 
-    def batch(self, size: int, predicted_s: float, actual_s: float) -> None:
-        """Count one batch; a prediction of nothing is none."""
+    def batch(self, size: int, predicted_s: float, actual_s: float, variant: str, worker_s: float) -> None:
+        """Count one batch; a prediction of nothing is none. ``actual_s`` has the ways to the worker and back in it."""
         self._batches.add(size)
+        self._took.add(worker_s, (variant,))
         if predicted_s > 0 and actual_s > 0:
             self._predicted.add(predicted_s / actual_s)
 

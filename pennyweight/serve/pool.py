@@ -456,7 +456,7 @@ class Pool:
         self._desk.pump()  # the next batch is on its way before these are told
         for ticket in tickets:
             self._answer(ticket)
-        self._metrics.batch(len(batch.pieces), batch.expected, took)
+        self._metrics.batch(len(batch.pieces), batch.expected, took, variant.name, seconds)
 
     def _answer(self, ticket: Ticket) -> None:
         """Join a request's parts and hand them over."""

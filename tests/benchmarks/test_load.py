@@ -1,12 +1,14 @@
 """The open-loop client, against a server whose answers are known."""
 
 import asyncio
+import sys
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 
-from benchmarks.load import CUT, LOST, Live, hammer, post, replay
+from benchmarks.load import CUT, LOST, Live, Process, hammer, post, replay
 from pennyweight.core.curve import Curve
 from pennyweight.data.requests import Load
 from pennyweight.model.bundle import Policy, Variant
@@ -95,3 +97,19 @@ def test_a_closed_loop_counts_answers() -> None:
 
     rate, p99 = asyncio.run(both())
     assert rate > 0 and p99 > 0
+
+
+LEAVES = """
+import subprocess, sys, time
+sleeps = "import subprocess, sys; print(subprocess.Popen(['sleep', '60'], start_new_session=True, stdout=2).pid)"
+pid = subprocess.check_output([sys.executable, "-c", sleeps], text=True).strip()
+print(f"http://127.0.0.1:{pid}", file=sys.stderr, flush=True)
+time.sleep(60)
+"""
+"""A server that says the id of a daemon it leaves behind for its port."""
+
+
+def test_what_a_server_leaves_behind_ends_with_it() -> None:
+    with Process([sys.executable, "-c", LEAVES]) as process:
+        assert psutil.pid_exists(process.port)
+    assert not psutil.pid_exists(process.port)
