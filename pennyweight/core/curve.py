@@ -37,6 +37,9 @@ SPREAD = 5.0
 """How far a coefficient may be from its prior, as a multiple of it, at the cost of one observation missed by all of it."""
 OUTLIER = 2.0
 """A measured time counts as at most this many times the predicted one, and at least one over it."""
+SOLVED = 8
+"""Observations after which a curve is solved anew even if nobody asked for it: what is expected must follow what is seen.
+It is after each of the first ``WINDOW``, when a wrong prior is unlearned."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,6 +108,8 @@ class Learned:
         self.count = 0
         """Observations so far."""
         self._curve = prior
+        self._since = 0
+        """Observations that it does not know yet."""
         theta = (prior.fixed_ms, prior.request_ms, prior.item_ms)
         # A coefficient of 0 may still turn out to be there: it is as uncertain as a part of a usual request.
         least = 0.05 * prior.ms(1, 100)
@@ -119,27 +124,33 @@ class Learned:
 
     @property
     def curve(self) -> Curve:
-        """The curve as it is now."""
+        """The curve as it is now: solved when it is asked for, which costs more than many observations."""
+        if self._since:
+            self._since = 0
+            self._curve = Curve(*_positive(self._sums, self._right), self._safety())
         return self._curve
 
     def ms(self, requests: int, items: int) -> float:
         """Predicted milliseconds."""
-        return self._curve.ms(requests, items)
+        return self.curve.ms(requests, items)
 
     def safe_ms(self, requests: int, items: int) -> float:
         """Milliseconds within which 95 % of the last work like it ended."""
-        return self._curve.safe_ms(requests, items)
+        return self.curve.safe_ms(requests, items)
 
     def observe(self, requests: int, items: int, ms: float) -> None:
-        """Learn from one piece of work; a time that is not above 0 (a clock that went back) teaches nothing."""
+        """Learn from one piece of work; a time that is not above 0 (a clock that went back) teaches nothing.
+
+        What was expected is by the curve as it was solved last, so that several at once are compared with the same.
+        """
         if not (math.isfinite(ms) and ms > 0):
             return
-        expected = self.ms(requests, items) or ms  # nothing is predicted for an empty piece of work without a fixed cost
+        curve = self.curve if self._since >= SOLVED or self.count < WINDOW else self._curve
+        expected = curve.ms(requests, items) or ms  # nothing is predicted for an empty piece of work without a fixed cost
         self._remember(ms / expected)
         self._add(requests, items, min(max(ms, expected / OUTLIER), expected * OUTLIER))
         self.count += 1
-        a, r, b = _positive(self._sums, self._right)
-        self._curve = Curve(a, r, b, self._safety())
+        self._since += 1
 
     def _add(self, requests: int, items: int, ms: float) -> None:
         scale = self.prior.ms(requests, items) or ms

@@ -219,6 +219,8 @@ class Catalog:
         column); unknown or missing ones are out of vocabulary, missing numbers 0. ``history`` holds the ids of liked
         items, oldest first. The rows may be those of another request that says the same: read them, do not write into them.
         """
+        if user is None and not context and not len(history):
+            return dict(self._blank)
         given = {} if self._user is None else {self._user.name: user}
         given.update(context or {})
         self._checked(given)

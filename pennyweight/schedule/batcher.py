@@ -20,8 +20,8 @@ from pennyweight.model.bundle import Policy
 from pennyweight.schedule.queue import Queue, Ticket
 from pennyweight.schedule.scheduler import Batch, Scheduler
 
-LEARN_S, LESSONS = 0.01, 4
-"""Seconds between lessons, and batches of each: learning takes some 25 microseconds a batch, as much as all else about it."""
+LEARN_S = 0.01
+"""Seconds between lessons: what a curve is solved anew for takes as long as several batches' all else."""
 HOP_S, SHORT = 0.0005, 16
 """Seconds of a batch below which handing it to a thread costs more than it takes; how many have to be so short in a row."""
 Q = TypeVar("Q")
@@ -111,7 +111,7 @@ class Desk:
         now = scheduler.clock()
         if now - self._learned >= LEARN_S:
             self._learned = now
-            scheduler.learn(LESSONS)
+            scheduler.learn()
 
     def hurry(self) -> None:
         """Let nobody wait for company any more."""

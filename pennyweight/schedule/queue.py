@@ -47,6 +47,7 @@ class Ticket:
         self.charged = 0.0
         """Milliseconds its tenant's quota was charged."""
         self.pieces = [Piece(self, 0, items)]
+        """What it is scored in; none once it has ended, so that both are freed at once and not by the collector of cycles."""
 
     @property
     def span(self) -> float:

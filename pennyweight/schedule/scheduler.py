@@ -95,7 +95,7 @@ class Cost:
         self.m = 1.0
         """Safety factor: what 95 % of such work ended within, over the prediction."""
         self.learned = None if curve is None else Learned(curve)
-        self._copy()
+        self.settle()
 
     def learn(self, requests: int, items: int, seconds: float) -> None:
         """Learn from one batch; the first one, where no profile was given, is taken for mostly its items' work."""
@@ -106,9 +106,9 @@ class Cost:
             self.learned = Learned(Curve(0.2 * ms, 0.1 * ms / requests, 0.7 * ms / max(1, items)))
         else:
             self.learned.observe(requests, items, 1000 * seconds)
-        self._copy()
 
-    def _copy(self) -> None:
+    def settle(self) -> None:
+        """Predict by what was learned."""
         if self.learned is not None:
             curve = self.learned.curve
             self.a, self.r, self.b = curve.fixed_ms / 1000, curve.request_ms / 1000, curve.item_ms / 1000
@@ -373,8 +373,10 @@ class Scheduler:
         ticket = Ticket(value, items, rank, tenant, now, now + span, allowed)
         piece = ticket.pieces[0]
         self._room()
-        wait = self._predict(ticket, piece, now)
-        if wait > self.classes[rank].share * span:
+        cost = self._cheapest(self._least[allowed])
+        piece.floor = cost.r + cost.b * items
+        limit = self.classes[rank].share * span
+        if self._at_most(piece, cost, now) > limit and (wait := self._predict(piece, cost, now)) > limit:
             if not self._try(now):
                 raise self._hopeful(ticket, wait)
             ticket.expires = math.inf
@@ -383,14 +385,12 @@ class Scheduler:
         self.inside += 1
         self.queue.push(piece)
         if rank + 1 < len(self._flows):
-            variant = self._least[allowed]
-            cost = self._cheapest(variant)
-            self._flows[rank].add(cost.m * (cost.a / self._joined(cost, variant) + piece.floor), now)
+            self._flows[rank].add(cost.m * (cost.a / self._joined(cost, self._least[allowed]) + piece.floor), now)
         return ticket
 
     def drop(self, ticket: Ticket) -> None:
         """Forget a request whose client has left, or that is refused; what runs of it runs on for nothing."""
-        if all(piece.state in ("done", "gone") for piece in ticket.pieces):
+        if not ticket.pieces:
             return
         self.inside -= 1
         for piece in ticket.pieces:
@@ -398,6 +398,7 @@ class Scheduler:
                 self.queue.remove(piece)
             else:
                 piece.state = "gone"
+        ticket.pieces = []
 
     def late(self) -> list[Ticket]:
         """Requests whose deadline passed while they waited, forgotten; the caller refuses them."""
@@ -406,6 +407,7 @@ class Scheduler:
             self.inside -= 1
             for piece in ticket.pieces:
                 piece.state = "gone"
+            ticket.pieces = []
         found, self._hopeless = self._hopeless + expired, []
         return found
 
@@ -538,16 +540,27 @@ class Scheduler:
         limit = self._limits[variant]
         return limit if each <= 0 else max(1, min(limit, int(cost.a * (1 / self.knobs.gain - 1) / each)))
 
-    def _predict(self, ticket: Ticket, piece: Piece, now: float) -> float:
-        """Seconds until a new request would be answered, by the cheapest variant it may have; what it adds to the queue."""
-        variant = self._least[ticket.degrade]
-        cost = self._cheapest(variant)
-        piece.floor = cost.r + cost.b * ticket.items
+    def _at_most(self, piece: Piece, cost: Cost, now: float) -> float:
+        """What ``_predict`` does not exceed: one worker did all there is, in turns. Most are let in by this."""
+        if piece.ticket.rank:
+            return math.inf
+        busy, there = 0.0, False
+        for worker in self.workers.values():
+            if not worker.paused:
+                there = True
+                if worker.batch is not None:
+                    busy += worker.busy(now)
+        count, load = self.queue.counts[0], self.queue.loads[0]
+        return busy + cost.m * (cost.a * (count + 1) + 2 * load + piece.floor) if there else math.inf
+
+    def _predict(self, piece: Piece, cost: Cost, now: float) -> float:
+        """Seconds until a new request would be answered, by the cheapest variant it may have."""
+        ticket = piece.ticket
         count, load = 0, 0.0
         for rank in range(ticket.rank + 1):
             count += self.queue.counts[rank]
             load += self.queue.loads[rank]
-        start, shared = self._start_of(count, load, now, variant)
+        start, shared = self._start_of(count, load, now, self._least[ticket.degrade])
         if ticket.rank and start:
             taken = sum(flow.rate(now) for flow in self._flows[: ticket.rank]) / max(1, len(self.workers))
             start /= 1 - min(self.knobs.surge * taken, FULL)
@@ -780,6 +793,7 @@ class Scheduler:
             ticket.level = ticket.variant = batch.variant
             if len(ticket.pieces) == 1 or ticket.answered:
                 answered.append(ticket)
+                ticket.pieces = []
                 self.inside -= 1
                 promised = max(batch.start + batch.expected - ticket.arrived, CALM * ticket.span)
                 self.guard.answered(promised, now - ticket.arrived, self.inside)
@@ -817,17 +831,15 @@ class Scheduler:
             ratio = min(4.0, max(0.25, took / batch.expected))
             worker.speed *= ratio**0.05
         self._lessons.append((cost, requests, batch.items, took / worker.speed if len(self.workers) > 1 else took))
-        if len(self._lessons) > LESSONS or cost.learned is None:
+        if len(self._lessons) >= LESSONS or cost.learned is None:
             self.learn()
 
-    def learn(self, most: int = LESSONS + 1) -> None:
-        """Let the curves learn from what was done: apart from ``done``, so that the next batch is on its way before.
-
-        Args:
-            most: batches to learn from, the latest; where thousands a second are alike, some of them teach as much.
-        """
-        for cost, requests, items, took in self._lessons[-most:]:
+    def learn(self) -> None:
+        """Let the curves learn from what was done: apart from ``done``, so that the next batch is on its way before."""
+        for cost, requests, items, took in self._lessons:
             cost.learn(requests, items, took)
+        for cost in {lesson[0] for lesson in self._lessons}:
+            cost.settle()
         self._lessons.clear()
         for device in self._devices:
             self._even(device)

@@ -6,6 +6,7 @@ A timer of the event loop costs as much as parsing a small request, and nearly e
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable
 
 
@@ -19,11 +20,10 @@ class Alarm:
 
     def set(self, seconds: float, call: Callable[[], object]) -> int:
         """Have ``call`` called then, unless the number returned is put off before; ``seconds`` is the same each time."""
-        loop = asyncio.get_running_loop()
         self._number += 1
-        self._due[self._number] = loop.time() + seconds, call
+        self._due[self._number] = time.monotonic() + seconds, call
         if self._timer is None:
-            self._timer = loop.call_later(seconds, self._ring)
+            self._timer = asyncio.get_running_loop().call_later(seconds, self._ring)
         return self._number
 
     def off(self, number: int) -> None:
@@ -31,12 +31,11 @@ class Alarm:
         self._due.pop(number, None)
 
     def _ring(self) -> None:
-        loop = asyncio.get_running_loop()
-        self._timer, now = None, loop.time()
+        self._timer, now = None, time.monotonic()
         while self._due:
             number, (when, call) = next(iter(self._due.items()))
             if when > now:
-                self._timer = loop.call_at(when, self._ring)
+                self._timer = asyncio.get_running_loop().call_later(when - now, self._ring)
                 return
             del self._due[number]
             call()

@@ -113,7 +113,7 @@ class Seat:
 
     def set_result(self, result: Answer | Exception, /) -> None:
         """Answer it."""
-        self._over = True
+        self._over, self.ticket = True, None  # which holds this: neither is left to the collector of cycles
         self._done(self._app.told(self, result))
 
     set_exception = set_result

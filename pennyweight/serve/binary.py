@@ -62,7 +62,7 @@ def decode(body: bytes) -> Packed:
         )
     if not items:
         raise RequestError("the body holds no items; give at least one")
-    ids = np.frombuffer(body, "<i8", items, HEAD.size + about).astype(np.int64)
+    ids = np.frombuffer(body, "<i8", items, HEAD.size + about).astype(np.int64, copy=False)
     if not about:
         return Packed(items=ids)
     try:

@@ -667,18 +667,30 @@ class Chaos(World):
         assert sum(queue.loads) == pytest.approx(sum(p.floor for p in waiting), abs=1e-9)
         assert scheduler.inside == sum(not fate for fate in self.fates.values())
         for ticket, fate in self.fates.items():
+            if fate:
+                assert not ticket.pieces
+                continue
             covered = sorted((p.start, p.stop) for p in ticket.pieces)
             assert covered[0][0] == 0 and covered[-1][1] == ticket.items
             assert all(a[1] == b[0] for a, b in itertools.pairwise(covered))
-            if not fate:
-                assert all(p.state in ("waiting", "running", "done") for p in ticket.pieces)
+            assert all(p.state in ("waiting", "running", "done") for p in ticket.pieces)
         for batch in self.running:
             assert batch in (batch.worker.batch, batch.worker.following)
             for piece in batch.pieces:
                 assert piece.ticket.degrade or MIXED.variants[batch.variant].within
+        self.check_bound()
         due = scheduler.due()
         assert due is None or due > self.now, "what is due has been done; a loop would spin"
         assert scheduler.hedged <= MIXED.hedge * (scheduler.worked + scheduler.hedged) + 1e-9
+
+    def check_bound(self) -> None:
+        """What lets most requests in without a prediction is never below one."""
+        scheduler = self.scheduler
+        for degrade in (False, True):
+            piece = Ticket(None, 40, 0, "", self.now, self.now + 1.0, degrade).pieces[0]
+            cost = scheduler._cheapest(scheduler._least[degrade])
+            piece.floor = cost.r + cost.b * piece.items
+            assert scheduler._at_most(piece, cost, self.now) >= scheduler._predict(piece, cost, self.now) - 1e-12
 
 
 @settings(max_examples=150, deadline=None)
@@ -709,7 +721,7 @@ def test_nobody_is_overtaken_for_longer_than_the_age(gaps: list[float], age_ms: 
     for gap in gaps:
         world.now += gap
         world.offer("page", priority="page")
-        if mail.pieces[0].state == "waiting":
+        if mail.pieces and mail.pieces[0].state == "waiting":
             for batch in world.start():
                 for piece in batch.pieces:
                     assert piece.ticket is mail or piece.ticket.deadline <= mail.deadline + age_ms / 1000

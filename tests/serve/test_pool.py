@@ -105,7 +105,11 @@ def test_what_cannot_be_in_time_is_429_at_once_and_counted(hurt: Client) -> None
     text = hurt("GET", "/metrics").text
     assert 'pennyweight_sheds_total{class="mail",reason="late",tenant="shop"}' in text
     assert 'pennyweight_answers_total{variant="best"}' in text
-    assert "pennyweight_predicted_over_actual_count" in text and "pennyweight_batch_seconds_count{variant=" in text and 'pennyweight_workers{state="idle"} 2.0' in text
+    assert (
+        "pennyweight_predicted_over_actual_count" in text
+        and "pennyweight_batch_seconds_count{variant=" in text
+        and 'pennyweight_workers{state="idle"} 2.0' in text
+    )
 
 
 def test_a_tenant_without_quota_left_is_refused_and_others_are_not(hurt: Client) -> None:
