@@ -346,8 +346,9 @@ class Process:
                     one.kill()
             patience = 0.5
         if self.process.stderr is not None:
-            self._log.join()
-            self.process.stderr.close()
+            self._log.join(5)
+            if not self._log.is_alive():  # else somebody who was not found holds its end
+                self.process.stderr.close()
 
     def _left(self) -> list[psutil.Process]:
         """What it started and is still there; what has ended is waited for by whoever asks for it."""

@@ -327,10 +327,10 @@ def candidates(setting: Setting, count: int, small: bool) -> list[Row]:
         both = Beside((tuple(c.name for c in asker), tuple(c.name for c in offered)), (user, catalogue[chosen]))
         turns = {
             "eager fp32": turn,
-            "ours": timed(lambda: runner.ranked(one, places)),
+            "ours": timed(lambda: runner.ranked([one], [places])),
             "ours, nothing kept of items": timed(lambda: runner.score(both)),
         }
-        got = runner.ranked(one, places)
+        got = runner.ranked([one], [places])[0]
         folder = given(setting, "wide", plain, WIDE)
         turns |= peers_turns(running, folder, whole, ("fp32", "int8"), want)
         found = times(turns, setting.rounds)

@@ -104,6 +104,8 @@ class Shared(nn.Module):
         self.column, self.count = item, count
         assert self.each is not None
         self.order = _order(self.each)
+        self.together = False
+        """Whether the users' part of several requests can be one forward."""
         self.kept: tuple[Tensor, ...] = ()
         self.places: Tensor | None = None
         self.block = BLOCK
@@ -120,6 +122,18 @@ class Shared(nn.Module):
         made: tuple[Tensor, ...] = self.user.graph.forward(*(_row(batch, names) for names in self.user.given))
         return made
 
+    def each_once(self, askers: Sequence[Batch]) -> list[tuple[Tensor, ...]]:
+        """``once`` of each of several requests: in one forward, whose calls are most of what a user's single row costs."""
+        if self.user is None or len(askers) == 1 or not self.together:
+            return [self.once(asker) for asker in askers]
+        return self._joined(askers)
+
+    def _joined(self, askers: Sequence[Batch]) -> list[tuple[Tensor, ...]]:
+        assert self.user is not None
+        rows = [torch.cat([_row(asker, names) for asker in askers]) for names in self.user.given]
+        made = self.user.graph.forward(*rows)
+        return list(zip(*(t.split(1) for t in made), strict=True))
+
     def forward(self, batch: Batch) -> Tensor:
         """Logits [N] of a request's candidates."""
         assert self.each is not None
@@ -133,10 +147,10 @@ class Shared(nn.Module):
             made.append(self._rest([t[cut] for t in columns], found, once))
         return made[0] if len(made) == 1 else torch.cat(made)
 
-    def ranked(self, asker: Batch, items: Tensor) -> Tensor:
-        """Logits [N] of items known by id [N], from what was kept of them (see ``keep``)."""
+    def ranked(self, once: Sequence[Tensor], items: Tensor) -> Tensor:
+        """Logits [N] of items known by id [N], from what was kept of them (see ``keep``), for whom ``once`` was computed."""
         assert self.places is not None and self.each is not None
-        once, at = self.once(asker), self.places[items]
+        at = self.places[items]
         parts = []
         for a in range(0, max(1, len(at)), self.block):
             cut = at[a : a + self.block]
@@ -218,6 +232,7 @@ def factor(
         raise DeviceError("nothing is to be shared: the model reads no user and no context column")
     made = builder.made(last, probe, item, joined)
     _check(made, module, probe, inputs)
+    made.together = made.user is not None and _joins(made, probe)
     return made
 
 
@@ -234,6 +249,21 @@ def _check(made: Shared, module: nn.Module, probe: Batch, inputs: Sequence[str])
         raise DeviceError(
             f"sharing what candidates have in common changes the scores by up to {gap.max():.3g}; score them plainly"
         )
+
+
+def _joins(made: Shared, probe: Batch) -> bool:
+    """Whether the users' part gives two requests in one forward what it gives each."""
+    one = {n: probe[n][:1] for n in made.columns}
+    askers = [one, {n: torch.zeros_like(t) for n, t in one.items()}]
+    with torch.inference_mode():
+        alone = [made.once(asker) for asker in askers]
+        try:
+            both = made._joined(askers)
+        except (RuntimeError, ValueError):  # an operation over the rows, or numbers that have none
+            return False
+    close = ROUNDED if any(isinstance(m, PackedLinear) and m.whole for m in made.modules()) else EXACT
+    pairs = [pair for a, b in zip(alone, both, strict=True) for pair in zip(a, b, strict=True)]
+    return all(a.shape == b.shape and bool((a - b).abs().mean() <= close * (a.abs().mean() + EXACT)) for a, b in pairs)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

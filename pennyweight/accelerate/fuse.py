@@ -27,7 +27,7 @@ from pennyweight.accelerate.record import beside, free, grouped, layer, record
 from pennyweight.core.errors import ConfigError, DeviceError
 from pennyweight.model.dense import PackedLinear, narrow
 from pennyweight.model.spec import Batch
-from pennyweight.model.tables import RowwiseTable
+from pennyweight.model.tables import HalfTable, RowwiseTable
 
 FEW = 4
 """Rows below which a plain product is faster than oneDNN's, whose call costs 20 microseconds."""
@@ -127,7 +127,7 @@ class Rows(nn.Module):
             return torch.from_numpy(self._few(ids.numpy()))
         at = ids + starts
         if look is None:
-            return F.embedding(at, rows).flatten(1)
+            return F.embedding(at, rows).flatten(1).float()
         found: Tensor = look(rows, at.view(-1, 1))
         return (found if found.shape[1] == dim else found[:, :dim]).reshape(len(ids), -1)
 
@@ -143,8 +143,8 @@ class Rows(nn.Module):
 
 
 def stored(table: nn.Module) -> Tensor:
-    """What a table is executed from: fp32 rows, or packed ones."""
-    if isinstance(table, RowwiseTable):
+    """What a table is executed from: fp32 rows, fp16 rows, or packed ones."""
+    if isinstance(table, (HalfTable, RowwiseTable)):
         plain: Tensor | None = table.ready()[0]
         return table.packed if plain is None else plain
     weight: Tensor = table.get_parameter("weight")
@@ -167,7 +167,7 @@ def _end_to_end(held: Sequence[Tensor]) -> Tensor | None:
 
 def _view(table: nn.Module, rows: Tensor) -> None:
     """Let a table's own rows be these, the same numbers, so that they are in memory once: also for who shares its tensor."""
-    if not isinstance(table, RowwiseTable):
+    if not isinstance(table, (HalfTable, RowwiseTable)):
         table.get_parameter("weight").data = rows
     elif table.ready()[0] is None:
         table.packed.data = rows
@@ -181,10 +181,12 @@ def kind_of(table: nn.Module | None) -> tuple[Any, ...] | None:
         return None
     if type(table) is nn.Embedding and table.max_norm is None and table.weight.device.type == "cpu":
         return ("rows", table.embedding_dim, table.weight.dtype)
-    if isinstance(table, RowwiseTable) and table.layer.bag is None and table.packed.device.type == "cpu":
+    if isinstance(table, (HalfTable, RowwiseTable)) and table.layer.bag is None and table.packed.device.type == "cpu":
         plain, form = table.ready()
         if plain is not None:
             return ("rows", table.embedding_dim, torch.float32)
+        if isinstance(table, HalfTable):
+            return ("rows", table.embedding_dim, torch.float16)
         return ("packed", table.embedding_dim, table.bits) if form is not None else None
     return None
 

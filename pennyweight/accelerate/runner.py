@@ -145,12 +145,17 @@ class Runner:
         self._kept = made
         return True
 
-    def ranked(self, asker: Batch, items: Ids) -> Floats:
-        """Logits [N] of kept items, by id [N], for one asker: its user columns as one row."""
+    def ranked(self, askers: Sequence[Batch], items: Sequence[Ids]) -> list[Floats]:
+        """Logits [N] of kept items, by id [N], for each of several askers: the user columns of each as one row."""
         kept = self._kept
         if kept is None:
             raise ConfigError("no items were kept; call keep first, or score a batch")
-        return self._within(self.runtime.threads, lambda: _array(kept.ranked(asker, torch.as_tensor(items))))
+
+        def work() -> list[Floats]:
+            once = kept.each_once(askers)
+            return [_array(kept.ranked(user, torch.as_tensor(chosen))) for user, chosen in zip(once, items, strict=True)]
+
+        return self._within(self.runtime.threads, work)
 
     def user_vectors(self, batch: Batch) -> Floats:
         """Vectors [B, D] of a batch of users, for retrieval; always eager."""

@@ -137,6 +137,9 @@ class Worker:
         lengths = [len(chosen) for chosen in items]
         if not sum(lengths):
             return [Ranked(chosen, np.empty(0, np.float32)) for chosen in items]
+        if self.kept:
+            found = self.runner.ranked(askers, items)
+            return [Ranked(i, _finite(scores, "scores")) for i, scores in zip(items, found, strict=True)]
         if self.runner.runtime.shared:  # each alone: what its candidates share is more than what requests do
             return [Ranked(i, self._scored(asker, i)) for asker, i in zip(askers, items, strict=True)]
         scores = _finite(self.runner.score(self._rows_of(askers, items, lengths)), "scores")
@@ -156,8 +159,7 @@ class Worker:
     def _scored(self, asker: Asker, items: Ids) -> Floats:
         if not len(items):
             return np.empty(0, np.float32)
-        scores = self.runner.ranked(asker, items) if self.kept else self.runner.score(self._batch(asker, items))
-        return _finite(scores, "scores")
+        return _finite(self.runner.score(self._batch(asker, items)), "scores")
 
     def _candidates(self, queries: Sequence[Query], askers: Sequence[Asker]) -> list[Ids]:
         retrieve = [(q, asker) for q, asker in zip(queries, askers, strict=True) if q.items is None]

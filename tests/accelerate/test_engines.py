@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from pennyweight.accelerate import compile as engines
 from pennyweight.accelerate import tune as tuner
 from pennyweight.accelerate.compile import export, fuse, make, packaged
-from pennyweight.accelerate.fuse import Dense, Rows, fused, lookups
+from pennyweight.accelerate.fuse import Dense, Rows, fused, kind_of, lookups, stored
 from pennyweight.accelerate.record import record
 from pennyweight.accelerate.tune import SetRuntime
 from pennyweight.compress.quantize import QuantizeDense, QuantizeTables
@@ -23,6 +23,7 @@ from pennyweight.model.bundle import Bucket, Bundle, Runtime
 from pennyweight.model.layers import Beside
 from pennyweight.model.ranking import DeepFM
 from pennyweight.model.spec import Batch, Model, build, call, spec_of
+from pennyweight.model.tables import Table
 from pennyweight.model.transform import Env, plan
 
 COLUMNS = (
@@ -175,6 +176,22 @@ def test_the_parts_of_the_fused_form() -> None:
     ids = torch.tensor([[4, 5], [0, 0]])
     want = torch.cat([tables[0](ids[:, 0]), tables[1](ids[:, 1])], 1)
     torch.testing.assert_close(Rows(tables)(ids), want)
+
+
+@pytest.mark.parametrize("rows", [9, 70_000])
+def test_tables_of_halves_are_one(rows: int) -> None:
+    """Small ones by their fp32 rows, large ones as they are stored, in memory once."""
+    tables = [Table(rows + k, 4, data_type="fp16").build() for k in range(3)]
+    for table in tables:
+        table.packed.copy_(torch.randn(table.packed.shape))  # type: ignore[union-attr, operator]
+    ids = torch.tensor([[3, 4, 5], [0, rows - 1, rows + 1], [1, 1, 1], [2, 7, 8], [8, 8, 8]])
+    kinds = {kind_of(table) for table in tables}
+    assert len(kinds) == 1 and None not in kinds
+    want = torch.cat([table(ids[:, k]) for k, table in enumerate(tables)], 1)
+    joined = Rows(tables)
+    assert want.dtype == joined(ids).dtype == torch.float32 and torch.equal(joined(ids), want)
+    assert torch.equal(torch.cat([table(ids[:, k]) for k, table in enumerate(tables)], 1), want)
+    assert len({stored(table).untyped_storage().data_ptr() for table in tables}) == 1
 
 
 def test_columns_side_by_side_are_taken_as_they_are(modules: dict[str, nn.Module]) -> None:

@@ -95,8 +95,43 @@ def test_kept_items_are_known_by_their_ids(name: str) -> None:
         chosen = torch.tensor([5, 2, 59, 5])
         asker = {n: t[:1] for n, t in request(1, 4).items() if ROLES[n] != "item"}
         whole = {n: t[chosen - 2] for n, t in offered.items()} | {n: t.expand(4, *t.shape[1:]) for n, t in asker.items()}
-        torch.testing.assert_close(made.ranked(asker, chosen), call(module, whole), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(made.ranked(made.once(asker), chosen), call(module, whole), rtol=1e-4, atol=1e-5)
     assert held == sum(t.nbytes for t in made.kept) > 0
+
+
+@pytest.mark.parametrize("name", RANKING)
+def test_the_users_part_of_several_requests_is_one_forward(name: str) -> None:
+    made = factor(lively(RANKING[name]()), request(5), ROLES, "item", items=True)
+    askers = [{n: t[:1] for n, t in request(1, seed).items() if ROLES[n] != "item"} for seed in range(4)]
+    with torch.inference_mode():
+        assert made.together
+        for alone, joined in zip(map(made.once, askers), made.each_once(askers), strict=True):
+            torch.testing.assert_close(joined, alone, rtol=1e-5, atol=1e-6)
+
+
+class Centred(nn.Module):
+    """What is over rows: a user's row less the mean of all."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.user, self.item = nn.Embedding(50, 4), nn.Embedding(60, 4)
+
+    def forward(self, batch: Batch) -> Tensor:
+        user = self.user(batch["user"])
+        return ((user - user.mean(0, keepdim=True) + user[:1]) * self.item(batch["item"])).sum(1)
+
+
+def test_requests_whose_users_meet_in_an_operation_are_computed_apart() -> None:
+    module = lively(Centred())
+    made = factor(module, request(5), ROLES, "item", items=True)
+    askers = [{"user": torch.tensor([user])} for user in (7, 9)]
+    ids = torch.arange(2, 60)
+    with torch.inference_mode():
+        assert not made.together
+        made.keep({"item": ids}, ids, 60)
+        for asker, once in zip(askers, made.each_once(askers), strict=True):
+            whole = {"user": asker["user"].expand(3), "item": torch.tensor([4, 5, 6])}
+            torch.testing.assert_close(made.ranked(once, whole["item"]), module(whole), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize(

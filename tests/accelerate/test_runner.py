@@ -215,12 +215,15 @@ def test_kept_items_are_ranked_by_id() -> None:
     given = bundle(runtime=Runtime("eager", 1, shared=True))
     with Runner(given, probe=batch(5)) as runner:
         with pytest.raises(ConfigError, match="no items were kept"):
-            runner.ranked({}, np.asarray([2]))
+            runner.ranked([{}], [np.asarray([2])])
         ids = np.arange(2, 300)
         assert runner.keep(batch(5), {"item": torch.from_numpy(ids)}, ids, 300)
         whole = batch(20)
         asker = {n: t[:1] for n, t in whole.items() if n != "item"}
-        np.testing.assert_allclose(runner.ranked(asker, whole["item"].numpy()), expected(given), rtol=1e-4, atol=1e-5)
+        some = np.asarray([2, 299])
+        found = runner.ranked([asker, asker, asker], [whole["item"].numpy(), some[:0], some])
+        np.testing.assert_allclose(found[0], expected(given), rtol=1e-4, atol=1e-5)
+        assert [len(one) for one in found] == [20, 0, 2]
     assert not Runner(bundle(), probe=batch(5)).keep(batch(5), {"item": torch.from_numpy(ids)}, ids, 300)
 
 
