@@ -29,7 +29,7 @@ import numpy as np
 import psutil
 import uvloop
 
-from pennyweight.core import memory
+from pennyweight.core import measure, memory
 from pennyweight.core.errors import DeviceError
 from pennyweight.data.requests import Arrivals
 from pennyweight.model.bundle import Policy
@@ -333,6 +333,7 @@ class Process:
         return self
 
     def __exit__(self, *_: object) -> None:
+        took, waited = self._seconds(), _waited_s()
         self.process.send_signal(signal.SIGTERM)
         try:
             self.process.wait(60)
@@ -345,10 +346,22 @@ class Process:
                 with contextlib.suppress(psutil.NoSuchProcess):
                     one.kill()
             patience = 0.5
+        measure.Foreign.lost_s += max(0.0, took - (_waited_s() - waited))
         if self.process.stderr is not None:
             self._log.join(5)
             if not self._log.is_alive():  # else somebody who was not found holds its end
                 self.process.stderr.close()
+
+    def _seconds(self) -> float:
+        """Of the processor, by it and all it started and waited for."""
+        total, family = 0.0, self._left()
+        for one in list(family):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                family += one.children(recursive=True)
+        for one in family:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                total += sum(one.cpu_times()[:4])
+        return total
 
     def _left(self) -> list[psutil.Process]:
         """What it started and is still there; what has ended is waited for by whoever asks for it."""
@@ -358,6 +371,11 @@ class Process:
         """The processes that score, the oldest first: the last one is the spare."""
         children = psutil.Process(self.process.pid).children()
         return sorted((c for c in children if "pennyweight.serve.child" in c.cmdline()), key=lambda c: c.create_time())
+
+
+def _waited_s() -> float:
+    """Seconds of the processor by children that were waited for."""
+    return sum(os.times()[2:4])
 
 
 def _adopt_orphans() -> None:

@@ -3,8 +3,8 @@
 Rows whose note begins with "simulated" replay seeded traces through the scheduler that is shipped, on modelled workers: two
 unless the note says otherwise, forwards' times with 5 % of noise, three seeds. ``CPU`` is the measured profile of a DLRM in
 three sizes on one thread of a processor (15.4, 5 and 1.2 µs an item); its gaps are examples. ``DEVICE`` has the 40 ms and
-2 ms a request that servers were compared on. Rows without ``sim/`` are measured live (``benchmarks/live``), but for those
-whose note says pure computation.
+2 ms a request that servers were compared on. Rows without ``sim/`` are measured live (``benchmarks/live``), but for
+``nodes`` and those whose note says pure computation.
 """
 
 from __future__ import annotations
@@ -125,7 +125,7 @@ def nodes(options: Options) -> Row:
             ratios.append(simulate(policy, trace, UNEQUAL, rule=rule, seed=s).percentile(99) / best)  # type: ignore[arg-type]
     others = ", ".join(f"{rule} {statistics.median(ratios):.3g}" for rule, ratios in found.items() if rule != "hot-cold")
     note = f"simulated: one worker a machine, heavy sizes, probes 0.5 ms old; over the oracle's p99: {others}"
-    return spread("sim/nodes", "p99_over_oracle", found["hot-cold"], note, 1.3, most=True)
+    return spread("nodes", "p99_over_oracle", found["hot-cold"], note, 1.3, most=True)
 
 
 def tenants(options: Options) -> Row:
@@ -212,7 +212,7 @@ ROWS = {
     **{f"sim/variants/{t:g}x": variants(t, bar, gap) for t, bar, gap in ((2, 0.99, 0.01), (4, 0.99, 0.01), (10, 0.95, None))},
     **{f"sim/bursts/{t:g}x": variants(t, 0.0, 0.03, "bursts") for t in (1, 2)},
     "sim/pulse": pulse,
-    "sim/nodes": nodes,
+    "nodes": nodes,
     "sim/tenants": tenants,
     "decision": decision,
     "makespan": jobs,

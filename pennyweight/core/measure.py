@@ -24,7 +24,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -123,9 +123,15 @@ def over(function: Callable[[T], object], values: Iterable[T]) -> Call:
 
 
 class Foreign:
-    """In a ``with``: the share (0 to 1) of the whole processor that other processes used, in ``share`` afterwards."""
+    """In a ``with``: the share (0 to 1) of the whole processor that other processes used, in ``share`` afterwards.
+
+    Children count as this process once it has waited for them. One that ignores what becomes of its own children loses their
+    time, which the kernel then adds to nobody's: who knows of it adds it to ``lost_s``.
+    """
 
     share: float = 0.0
+    lost_s: ClassVar[float] = 0.0
+    """Seconds of processes that are ours and count as nobody's, since this process began."""
 
     def __enter__(self) -> Foreign:
         self._start = _clocks()
@@ -141,7 +147,7 @@ def _clocks() -> tuple[float, float, float]:
     cpu, own = psutil.cpu_times(), os.times()
     idle = cpu.idle + getattr(cpu, "iowait", 0.0)
     guests = getattr(cpu, "guest", 0.0) + getattr(cpu, "guest_nice", 0.0)  # counted in user and nice already
-    return time.monotonic(), sum(cpu) - idle - guests, sum(own[:4])
+    return time.monotonic(), sum(cpu) - idle - guests, sum(own[:4]) + Foreign.lost_s
 
 
 def foreign_cpu(seconds: float = 1.0) -> float:

@@ -1,6 +1,7 @@
 """The open-loop client, against a server whose answers are known."""
 
 import asyncio
+import os
 import sys
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 
 from benchmarks.load import CUT, LOST, Live, Process, hammer, post, replay
 from pennyweight.core.curve import Curve
+from pennyweight.core.measure import Foreign
 from pennyweight.data.requests import Load
 from pennyweight.model.bundle import Policy, Variant
 from pennyweight.serve import binary
@@ -113,3 +115,22 @@ def test_what_a_server_leaves_behind_ends_with_it() -> None:
     with Process([sys.executable, "-c", LEAVES]) as process:
         assert psutil.pid_exists(process.port)
     assert not psutil.pid_exists(process.port)
+
+
+IGNORES = r"""
+import signal, subprocess, sys, time
+signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+work = "import time; end = time.process_time() + 0.6\nwhile time.process_time() < end: pass\nprint(flush=True); time.sleep(60)"
+child = subprocess.Popen([sys.executable, "-c", work], stdout=subprocess.PIPE)
+child.stdout.readline()
+print("http://127.0.0.1:1", file=sys.stderr, flush=True)
+time.sleep(60)
+"""
+"""A server whose worker's time the kernel forgets."""
+
+
+def test_what_a_server_takes_is_ours_whoever_waits_for_its_workers() -> None:
+    before = Foreign.lost_s + sum(os.times()[:4])
+    with Process([sys.executable, "-c", IGNORES]):
+        pass
+    assert Foreign.lost_s + sum(os.times()[:4]) >= before + 0.6
