@@ -124,7 +124,7 @@ class Shared(nn.Module):
 
     def each_once(self, askers: Sequence[Batch]) -> list[tuple[Tensor, ...]]:
         """``once`` of each of several requests: in one forward, whose calls are most of what a user's single row costs."""
-        if self.user is None or len(askers) == 1 or not self.together:
+        if len(askers) == 1 or not self.together:
             return [self.once(asker) for asker in askers]
         return self._joined(askers)
 
@@ -232,7 +232,7 @@ def factor(
         raise DeviceError("nothing is to be shared: the model reads no user and no context column")
     made = builder.made(last, probe, item, joined)
     _check(made, module, probe, inputs)
-    made.together = made.user is not None and _joins(made, probe)
+    made.together = items and made.user is not None and _joins(made, probe)  # others are scored one by one
     return made
 
 
@@ -242,13 +242,18 @@ def _check(made: Shared, module: nn.Module, probe: Batch, inputs: Sequence[str])
     batch = {n: t[:1].expand(len(t), *t.shape[1:]) if n in names else t for n, t in probe.items()}
     with torch.inference_mode():
         want, got = call(module, batch, inputs), call(made, batch)
-    rounds = any(isinstance(m, PackedLinear) and m.whole for m in module.modules())
+    rounds = _rounds(module)
     gap = (got - want).abs() if got.shape == want.shape else torch.tensor([float("inf")])
     same = gap.mean() <= ROUNDED * want.abs().mean() + EXACT if rounds else torch.allclose(got, want, EXACT, EXACT)
     if got.shape != want.shape or not bool(same):
         raise DeviceError(
             f"sharing what candidates have in common changes the scores by up to {gap.max():.3g}; score them plainly"
         )
+
+
+def _rounds(module: nn.Module) -> bool:
+    """Whether some layer rounds what it is given."""
+    return any(isinstance(m, PackedLinear) and m.whole for m in module.modules())
 
 
 def _joins(made: Shared, probe: Batch) -> bool:
@@ -261,7 +266,7 @@ def _joins(made: Shared, probe: Batch) -> bool:
             both = made._joined(askers)
         except (RuntimeError, ValueError):  # an operation over the rows, or numbers that have none
             return False
-    close = ROUNDED if any(isinstance(m, PackedLinear) and m.whole for m in made.modules()) else EXACT
+    close = ROUNDED if _rounds(made) else EXACT
     pairs = [pair for a, b in zip(alone, both, strict=True) for pair in zip(a, b, strict=True)]
     return all(a.shape == b.shape and bool((a - b).abs().mean() <= close * (a.abs().mean() + EXACT)) for a, b in pairs)
 

@@ -36,6 +36,9 @@ BLOCK = 1024
 JOINED = 1 << 28
 """Bytes of tables that are joined at most: joining needs them twice for a moment."""
 
+PACKED = HalfTable, RowwiseTable
+"""Tables that are joined in the form they are executed from, and answer in fp32 whatever that is."""
+
 
 def packable() -> bool:
     """Whether this PyTorch has oneDNN's products over packed weights."""
@@ -109,6 +112,7 @@ class Rows(nn.Module):
         self.operator = one.ready()[1] if isinstance(one, RowwiseTable) and self.packed else None
         self.dim = int(one.embedding_dim)  # type: ignore[arg-type]
         held = [stored(table) for table in unique]
+        self.answers = torch.float32 if isinstance(one, PACKED) else held[0].dtype
         sizes = torch.tensor([0, *(len(h) for h in held)]).cumsum(0).tolist()
         starts = dict(zip(unique, sizes, strict=False))
         ready = _end_to_end(held)
@@ -127,7 +131,7 @@ class Rows(nn.Module):
             return torch.from_numpy(self._few(ids.numpy()))
         at = ids + starts
         if look is None:
-            return F.embedding(at, rows).flatten(1).float()
+            return F.embedding(at, rows).flatten(1).to(self.answers)
         found: Tensor = look(rows, at.view(-1, 1))
         return (found if found.shape[1] == dim else found[:, :dim]).reshape(len(ids), -1)
 
@@ -144,7 +148,7 @@ class Rows(nn.Module):
 
 def stored(table: nn.Module) -> Tensor:
     """What a table is executed from: fp32 rows, fp16 rows, or packed ones."""
-    if isinstance(table, (HalfTable, RowwiseTable)):
+    if isinstance(table, PACKED):
         plain: Tensor | None = table.ready()[0]
         return table.packed if plain is None else plain
     weight: Tensor = table.get_parameter("weight")
@@ -167,7 +171,7 @@ def _end_to_end(held: Sequence[Tensor]) -> Tensor | None:
 
 def _view(table: nn.Module, rows: Tensor) -> None:
     """Let a table's own rows be these, the same numbers, so that they are in memory once: also for who shares its tensor."""
-    if not isinstance(table, (HalfTable, RowwiseTable)):
+    if not isinstance(table, PACKED):
         table.get_parameter("weight").data = rows
     elif table.ready()[0] is None:
         table.packed.data = rows
@@ -181,12 +185,12 @@ def kind_of(table: nn.Module | None) -> tuple[Any, ...] | None:
         return None
     if type(table) is nn.Embedding and table.max_norm is None and table.weight.device.type == "cpu":
         return ("rows", table.embedding_dim, table.weight.dtype)
-    if isinstance(table, (HalfTable, RowwiseTable)) and table.layer.bag is None and table.packed.device.type == "cpu":
+    if isinstance(table, PACKED) and table.layer.bag is None and table.packed.device.type == "cpu":
         plain, form = table.ready()
         if plain is not None:
             return ("rows", table.embedding_dim, torch.float32)
         if isinstance(table, HalfTable):
-            return ("rows", table.embedding_dim, torch.float16)
+            return ("halves", table.embedding_dim)
         return ("packed", table.embedding_dim, table.bits) if form is not None else None
     return None
 

@@ -21,7 +21,7 @@ from pennyweight.schedule.queue import Queue, Ticket
 from pennyweight.schedule.scheduler import Batch, Scheduler
 
 LEARN_S = 0.01
-"""Seconds between lessons: what a curve is solved anew for takes as long as several batches' all else."""
+"""Seconds between lessons: solving a curve anew takes as long as all else about several batches."""
 HOP_S, SHORT = 0.0005, 16
 """Seconds of a batch below which handing it to a thread costs more than it takes; how many have to be so short in a row."""
 Q = TypeVar("Q")

@@ -505,6 +505,10 @@ class Scheduler:
         """Seconds of work that workers have."""
         return sum(worker.busy(now) for worker in self.workers.values())
 
+    def _waits(self, now: float) -> list[float]:
+        """Seconds until each worker that takes new work is free."""
+        return [worker.busy(now) for worker in self.workers.values() if not worker.paused]
+
     def _start_of(self, count: int, load: float, now: float, variant: int) -> tuple[float, float]:
         """Seconds until a request behind ``count`` others (``load`` seconds, forwards aside) starts, and what its batch shares.
 
@@ -512,7 +516,7 @@ class Scheduler:
         it is. Where the workers' times lie further apart than a batch is long, work is taken as a fluid instead.
         """
         cost = self._cheapest(variant)
-        free = [w.busy(now) for w in self.workers.values() if not w.paused]
+        free = self._waits(now)
         workers = len(free)
         if not workers:
             return RETRY_S, 0.0  # one is on its way, or nobody will ever be answered
@@ -544,14 +548,8 @@ class Scheduler:
         """What ``_predict`` does not exceed: one worker did all there is, in turns. Most are let in by this."""
         if piece.ticket.rank:
             return math.inf
-        busy, there = 0.0, False
-        for worker in self.workers.values():
-            if not worker.paused:
-                there = True
-                if worker.batch is not None:
-                    busy += worker.busy(now)
-        count, load = self.queue.counts[0], self.queue.loads[0]
-        return busy + cost.m * (cost.a * (count + 1) + 2 * load + piece.floor) if there else math.inf
+        free, count, load = self._waits(now), self.queue.counts[0], self.queue.loads[0]
+        return sum(free) + cost.m * (cost.a * (count + 1) + 2 * load + piece.floor) if free else math.inf
 
     def _predict(self, piece: Piece, cost: Cost, now: float) -> float:
         """Seconds until a new request would be answered, by the cheapest variant it may have."""

@@ -192,6 +192,8 @@ def test_tables_of_halves_are_one(rows: int) -> None:
     assert want.dtype == joined(ids).dtype == torch.float32 and torch.equal(joined(ids), want)
     assert torch.equal(torch.cat([table(ids[:, k]) for k, table in enumerate(tables)], 1), want)
     assert len({stored(table).untyped_storage().data_ptr() for table in tables}) == 1
+    given = [nn.Embedding(rows, 4, dtype=torch.float16) for _ in range(2)]
+    assert kind_of(given[0]) not in kinds and Rows(given)(ids[:, :2] % rows).dtype == torch.float16, "answers as it is given"
 
 
 def test_columns_side_by_side_are_taken_as_they_are(modules: dict[str, nn.Module]) -> None:

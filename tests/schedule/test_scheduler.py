@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from pennyweight.core.curve import Curve
 from pennyweight.core.errors import ConfigError, Overloaded, RequestError
 from pennyweight.model.bundle import Policy, Priority, Tenant, Variant
-from pennyweight.schedule.queue import Ticket
+from pennyweight.schedule.queue import Piece, Ticket
 from pennyweight.schedule.scheduler import USUAL, Batch, Knobs, Scheduler
 
 SURE = {"safety": 1.0}
@@ -600,6 +600,7 @@ class Chaos(World):
     def __init__(self, policy: Policy, workers: int, ahead: float = 0.0) -> None:
         super().__init__(policy, workers, dataclasses.replace(USUAL, ahead=ahead))
         self.fates: dict[Ticket, list[str]] = {}
+        self.parts: dict[Ticket, list[Piece]] = {}
         self.running: list[Batch] = []
         self.names = workers
 
@@ -612,7 +613,7 @@ class Chaos(World):
             except Overloaded as refused:
                 assert refused.retry_after > 0 or refused.reason == "full"
             else:
-                self.fates[ticket] = []
+                self.fates[ticket], self.parts[ticket] = [], ticket.pieces
         elif what == "wait":
             self.now += how[0]
         elif what == "drop" and self.fates:
@@ -667,13 +668,14 @@ class Chaos(World):
         assert sum(queue.loads) == pytest.approx(sum(p.floor for p in waiting), abs=1e-9)
         assert scheduler.inside == sum(not fate for fate in self.fates.values())
         for ticket, fate in self.fates.items():
-            if fate:
-                assert not ticket.pieces
-                continue
-            covered = sorted((p.start, p.stop) for p in ticket.pieces)
+            if not fate:
+                self.parts[ticket] = ticket.pieces
+            assert bool(fate) is not bool(ticket.pieces), "what has ended lets go of its pieces"
+            covered = sorted((p.start, p.stop) for p in self.parts[ticket])
             assert covered[0][0] == 0 and covered[-1][1] == ticket.items
             assert all(a[1] == b[0] for a, b in itertools.pairwise(covered))
-            assert all(p.state in ("waiting", "running", "done") for p in ticket.pieces)
+            if not fate:
+                assert all(p.state in ("waiting", "running", "done") for p in ticket.pieces)
         for batch in self.running:
             assert batch in (batch.worker.batch, batch.worker.following)
             for piece in batch.pieces:
