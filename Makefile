@@ -7,10 +7,10 @@ EXTRAS := serve,report,onnx,index,keras,bench,test
 ONE := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 .DEFAULT_GOAL := help
 .SUFFIXES:
-.PHONY: help env demo test lint format type docs bench fuzz test-browser test-slow gpu-check browser-example image-check cluster-demo cluster-serve-demo clean
+.PHONY: help env demo test lint format type docs bench fuzz test-browser test-slow gpu-check browser-example image-check cluster-demo cluster-serve-demo test-cluster clean
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z%-]+:.*## /{printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z%-]+:.*## /{printf "  make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 env: .venv/stamp ## build .venv with everything the targets need
 
@@ -85,6 +85,10 @@ cluster-demo: .venv/stamp ## two hosts in network namespaces train one model, a 
 
 cluster-serve-demo: .venv/ray | runs/demo/best ## two replicas under Ray Serve, our rule between them, one is killed
 	.venv/ray/bin/python deploy/servedemo.py runs/demo/best $(ARGS)
+
+test-cluster: .venv/ray ## what test leaves out without Ray Serve (others' warnings are no errors there)
+	.venv/ray/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt httpx hypothesis pytest pytest-timeout
+	.venv/ray/bin/python -m pytest -W default tests/serve/test_replicas.py $(ARGS)
 
 gpu-check: .venv/stamp ## build, check and time all that needs a GPU; without one, say what is skipped
 	$(BIN)/python -m benchmarks.gpu $(ARGS)
