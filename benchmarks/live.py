@@ -409,6 +409,8 @@ def noop(options: Options) -> Sequence[Row]:
                 rates[name].append(run(hammer(process.host, process.port, ask, 32, seconds))[0])
         for name in installed():
             rates.setdefault(name, []).append(hammered(name, PEERS[name].settings["noop"]["tuned"], seconds))
+        if "mosec" in installed():
+            rates.setdefault("engine", []).append(scored("mosec", policy, seconds))
     bare_rate, workers, thread = (statistics.median(rates[n]) for n in ("bare", "workers", "thread"))
     best = "workers" if workers >= thread else "thread"
     note = (
@@ -427,7 +429,21 @@ def noop(options: Options) -> Sequence[Row]:
         rows.append(
             spread("noop", "rate_over_best_peer", against, f"live: over {rival}, each tuned, in the same run: {said}", 1.2)
         )
+    if "engine" in rates:
+        alike = "live: mosec's workers read the same body, look its item up and score it by the same model that does nothing"
+        over = [ours / theirs for ours, theirs in zip(rates[best], rates["engine"], strict=True)]
+        rows.append(spread("noop", "rate_over_same_engine", over, alike))
+        rows.append(spread("noop/mosec/engine", "rate", rates["engine"], alike))
     return rows
+
+
+def scored(name: str, policy: Policy, seconds: float) -> float:
+    """A peer's answers a second where its workers do what ours do for the same body, and the model does nothing."""
+    peer = PEERS[name]
+    ask = post(peer.path, binary.ask([1]))
+    with laid(policy, idle) as folder, scoring(name, folder, peer.settings["noop"]["tuned"], policy.batch) as process:
+        rate: float = run(hammer(process.host, process.port, ask, 32, seconds, FAILING))[0]
+        return rate
 
 
 def calibration(options: Options) -> Sequence[Row]:

@@ -49,7 +49,7 @@ class Scorer(Raw):
 
         torch.set_num_threads(1)
         given = bundle.load(os.environ["BENCH_BUNDLE"])
-        self.worker, self.lookup = Scores(given), Lookup(given.catalog)
+        self.worker, self.lookup = Scores(given, ["benchmarks.device"]), Lookup(given.catalog)
         self.decode, self.query, self.none = binary.decode, Query, np.empty(0, np.int64)
 
     def forward(self, data):
