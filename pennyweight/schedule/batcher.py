@@ -135,8 +135,8 @@ class Desk:
         self.pump()
 
 
-class Batcher(Generic[Q, A]):
-    """Joins requests by a policy and runs them, a batch at a time, on ``executor``; use it inside one event loop.
+class Batcher(Desk, Generic[Q, A]):
+    """A desk that joins requests by a policy and runs them, a batch at a time, on ``executor``; use it inside one event loop.
 
     ``run`` gets the requests of a batch and gives an answer for each, in order, or what is wrong with it as an exception;
     ``observe`` hears of each batch and what it took.
@@ -151,9 +151,8 @@ class Batcher(Generic[Q, A]):
         clock: Callable[[], float] = time.monotonic,
         observe: Callable[[Batch, float], None] = lambda batch, seconds: None,
     ) -> None:
-        self.scheduler = Scheduler(dataclasses.replace(policy, variants=policy.variants[:1]), clock)
+        super().__init__(Scheduler(dataclasses.replace(policy, variants=policy.variants[:1]), clock), self._begin)
         self.scheduler.join("model")
-        self._desk = Desk(self.scheduler, self._begin)
         self._run = run
         self._executor = executor
         self._observe = observe
@@ -171,21 +170,9 @@ class Batcher(Generic[Q, A]):
         answer: A = await seated(lambda seat: self.place(value, seat, items, **asked), self.leave)
         return answer
 
-    def place(self, value: Q, seat: Seat, items: int = 1, **asked: Any) -> Ticket:
-        """As ``Desk.place`` says."""
-        return self._desk.place(value, seat, items, **asked)
-
-    def leave(self, ticket: Ticket) -> None:
-        """As ``Desk.leave`` says."""
-        self._desk.leave(ticket)
-
-    def hurry(self) -> None:
-        """Let nobody wait for company any more."""
-        self._desk.hurry()
-
     async def close(self) -> None:
         """Run what was accepted, then stop."""
-        await self._desk.close()
+        await super().close()
         while self._running is not None:
             await self._running
 
@@ -231,7 +218,7 @@ class Batcher(Generic[Q, A]):
             if batch.worker.batch is batch:
                 self.scheduler.failed(batch)
             settle_all(tickets, error)
-        self._desk.pump()
+        self.pump()
 
 
 def settle(ticket: Ticket, outcome: Any) -> None:

@@ -10,6 +10,7 @@ Protocol buffers or Arrow would do as well; both need a library on the other sid
 
 from __future__ import annotations
 
+import functools
 import struct
 from typing import Any
 
@@ -22,6 +23,7 @@ from pennyweight.serve import messages as m
 KIND = "application/octet-stream"
 HEAD = struct.Struct("<4sIII")
 MAGIC = b"PW01"
+IDS, SCORES = np.dtype("<i8"), np.dtype("<f4")
 
 
 class Packed(m.Asking, forbid_unknown_fields=True, kw_only=True):
@@ -62,7 +64,7 @@ def decode(body: bytes) -> Packed:
         )
     if not items:
         raise RequestError("the body holds no items; give at least one")
-    ids = np.frombuffer(body, "<i8", items, HEAD.size + about).astype(np.int64, copy=False)
+    ids = np.frombuffer(body, IDS, items, HEAD.size + about).astype(np.int64, copy=False)
     if not about:
         return Packed(items=ids)
     try:
@@ -74,15 +76,20 @@ def decode(body: bytes) -> Packed:
 
 def encode(scores: m.Scores) -> bytes:
     """An answer."""
-    about = msgspec.json.encode(About(scores.user, scores.known, scores.variant, scores.gap))
-    values = np.asarray(scores.scores, "<f4").tobytes()
+    about = _said(scores.user, scores.known, scores.variant, scores.gap)
+    values = np.asarray(scores.scores, SCORES).tobytes()
     return b"".join((HEAD.pack(MAGIC, len(about), len(values) // 4, 0), about, values))
+
+
+@functools.lru_cache(1024)
+def _said(user: str | int | None, known: bool, variant: str, gap: float) -> bytes:
+    return msgspec.json.encode(About(user, known, variant, gap))
 
 
 def ask(items: Any, **about: Any) -> bytes:
     """A request's body, for who asks: items' ids, and the other fields of ``/score``."""
     said = msgspec.json.encode(about) if about else b""
-    values = np.asarray(items, "<i8").tobytes()
+    values = np.asarray(items, IDS).tobytes()
     return b"".join((HEAD.pack(MAGIC, len(said), len(values) // 8, 0), said, values))
 
 
@@ -90,4 +97,4 @@ def answer(body: bytes) -> tuple[dict[str, Any], Any]:
     """An answer's fields, and its scores as float32 [N]."""
     _, about, items, _ = HEAD.unpack_from(body)
     said = msgspec.json.decode(body[HEAD.size : HEAD.size + about])
-    return said, np.frombuffer(body, "<f4", items, HEAD.size + about)
+    return said, np.frombuffer(body, SCORES, items, HEAD.size + about)

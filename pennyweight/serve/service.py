@@ -240,9 +240,17 @@ class Service:
 
 
 def _asked(ask: m.Scheduled) -> dict[str, Any]:
-    """How it wants to be scheduled, as ``Scheduler.offer`` takes it."""
-    deadline_s = None if ask.deadline_ms is None else ask.deadline_ms / 1000
-    return {"priority": ask.priority, "tenant": ask.tenant, "deadline_s": deadline_s, "degrade": ask.degrade}
+    """What it says of how it wants to be scheduled, as ``Scheduler.offer`` takes it."""
+    asked: dict[str, Any] = {}
+    if ask.priority:
+        asked["priority"] = ask.priority
+    if ask.tenant:
+        asked["tenant"] = ask.tenant
+    if ask.deadline_ms is not None:
+        asked["deadline_s"] = ask.deadline_ms / 1000
+    if ask.degrade is not None:
+        asked["degrade"] = ask.degrade
+    return asked
 
 
 @contextlib.contextmanager

@@ -100,12 +100,8 @@ class Head(NamedTuple):
     """Whether the connection is kept."""
 
 
-class Request(NamedTuple):
-    """A request that is here whole."""
-
-    target: Aim
-    body: bytes
-    keep: bool
+Request = tuple[Head, bytes]
+"""A request that is here whole: its head and its body."""
 
 
 def connections() -> int:
@@ -143,7 +139,8 @@ class Connection(asyncio.Protocol):
         """For the end of that."""
         self._silence = 0
         self._task: asyncio.Task[None] | Begun | None = None
-        self._request: Request
+        self._asked: Head
+        """The request that is being answered."""
         self._known, self._whole_head = self._app.heads, b""
         """Heads that came before, and one that came in one piece and may be kept with them."""
         self._waiting = collections.deque[Request]()
@@ -209,7 +206,7 @@ class Connection(asyncio.Protocol):
             known = self._known.get(head)
             if known is not None and len(data) == end + known.length:  # the parser would say what it said before
                 self._whole()
-                self._waiting.append(Request(known.target, data[end:], known.keep))
+                self._waiting.append((known, data[end:]))
                 return self._next()
             if 4 < end <= KNOWN_BYTES and head[:1].isalpha():
                 self._whole_head = head
@@ -271,11 +268,12 @@ class Connection(asyncio.Protocol):
             return
         body = self._body[0] if len(self._body) == 1 else b"".join(self._body)
         target, keep = self._app.target(self._method, self._url, self._headers), self._parser.should_keep_alive()
-        self._waiting.append(Request(target, body, keep))
+        head = Head(target, len(body), keep)
+        self._waiting.append((head, body))
         if self._whole_head and self._method in ("GET", "POST") and SPECIAL.isdisjoint(name for name, _ in self._headers):
             if len(self._known) >= KNOWN:
                 self._known.clear()
-            self._known[self._whole_head] = Head(target, len(body), keep)
+            self._known[self._whole_head] = head
         self._whole_head = b""
         if self._task is None:
             self._next()
@@ -298,25 +296,26 @@ class Connection(asyncio.Protocol):
                 if not self._part:
                     self._silence = self._silences.set(KEEP_S, self._silent)
                 return
-            request = self._request = self._waiting.popleft()
+            self._asked, body = self._waiting.popleft()
+            target = self._asked.target
             if self._paused and not self._waiting:
                 self._paused = False
                 self._transport.resume_reading()
-            begun = self._app.begin(request.target, request.body, self._told)
+            begun = self._app.begin(target, body, self._told)
             if isinstance(begun, Reply):
                 if not self._answered(begun):
                     return
                 continue
             if begun is None:
-                self._task = task = self._loop.create_task(self._answer(request))
+                self._task = task = self._loop.create_task(self._answer(target, body))
                 task.add_done_callback(self._server.tasks.discard)
             else:
                 self._task = begun
             self._server.tasks.add(self._task)  # type: ignore[arg-type]
 
-    async def _answer(self, request: Request) -> None:
+    async def _answer(self, target: Aim, body: bytes) -> None:
         try:
-            reply = await self._app.reply(request.target, request.body)
+            reply = await self._app.reply(target, body)
         except asyncio.CancelledError:
             if not self._gone:
                 raise
@@ -336,8 +335,8 @@ class Connection(asyncio.Protocol):
         self._server.total_requests += 1
         if self._gone:
             return False
-        self._keep = self._keep and self._request.keep
-        self._write(reply, self._request.target.method == "HEAD")
+        self._keep = self._keep and self._asked.keep
+        self._write(reply, self._asked.target.method == "HEAD")
         if self._last is not None:
             self._refuse(self._last)
             return False

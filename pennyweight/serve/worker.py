@@ -149,12 +149,22 @@ class Worker:
         return [Ranked(i, scores[stop - n : stop]) for i, n, stop in zip(items, lengths, ends, strict=True)]
 
     def _rows_of(self, askers: Sequence[Asker], items: Sequence[Ids], lengths: Sequence[int]) -> dict[str, Tensor]:
-        """One batch of all requests: the items' columns are looked up together, the askers' rows repeated."""
+        """One batch of all requests: the items' columns are looked up together, the askers' rows repeated.
+
+        A column of which all say the same is one row for all, not copied: most columns are what nobody said.
+        """
         if len(items) == 1:
             return self._batch(askers[0], items[0])
-        whose = torch.from_numpy(np.repeat(np.arange(len(items)), lengths))
-        rows = {name: column.index_select(0, whose) for name, column in _joined(askers).items()}
-        return {**self.catalog.item_batch(np.concatenate(items)), **rows}
+        batch, whose = self.catalog.item_batch(np.concatenate(items)), None
+        for name, row in askers[0].items():
+            said = [asker[name] for asker in askers]
+            if all(other is row for other in said):
+                batch[name] = row.expand(sum(lengths), *row.shape[1:])
+            else:
+                if whose is None:
+                    whose = torch.from_numpy(np.repeat(np.arange(len(items)), lengths))
+                batch[name] = torch.cat(said).index_select(0, whose)
+        return batch
 
     def _scored(self, asker: Asker, items: Ids) -> Floats:
         if not len(items):
