@@ -448,7 +448,7 @@ def scored(name: str, policy: Policy, seconds: float) -> float:
 
 def calibration(options: Options) -> Sequence[Row]:
     """The same traces live and simulated: points of on-time, and p99, apart."""
-    seconds = 2.0 if options.quick else 15.0
+    seconds = 2.0 if options.quick else 40.0
     cases = {
         "slo50/1600": (SLO50, lambda s: single(1600.0, seconds, s)),
         "overload/2x": (SLO200, lambda s: times(SLO200, 2.0, seconds, s, **ONE)),
