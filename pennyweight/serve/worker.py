@@ -151,11 +151,9 @@ class Worker:
     def _rows_of(self, askers: Sequence[Asker], items: Sequence[Ids], lengths: Sequence[int]) -> dict[str, Tensor]:
         """One batch of all requests: the items' columns are looked up together, the askers' rows repeated.
 
-        A column of which all say the same is one row for all, not copied: most columns are what nobody said.
+        A column of which all say the same is one row for all, not copied: every column of one request, and what nobody said.
         """
-        if len(items) == 1:
-            return self._batch(askers[0], items[0])
-        batch, whose = self.catalog.item_batch(np.concatenate(items)), None
+        batch, whose = self.catalog.item_batch(np.concatenate(items) if len(items) > 1 else items[0]), None
         for name, row in askers[0].items():
             said = [asker[name] for asker in askers]
             if all(other is row for other in said):
@@ -169,7 +167,7 @@ class Worker:
     def _scored(self, asker: Asker, items: Ids) -> Floats:
         if not len(items):
             return np.empty(0, np.float32)
-        return _finite(self.runner.score(self._batch(asker, items)), "scores")
+        return _finite(self.runner.score(self._rows_of([asker], [items], [len(items)])), "scores")
 
     def _candidates(self, queries: Sequence[Query], askers: Sequence[Asker]) -> list[Ids]:
         retrieve = [(q, asker) for q, asker in zip(queries, askers, strict=True) if q.items is None]
@@ -210,10 +208,6 @@ class Worker:
         """Rows of the vectors these ids have; one without a row in the catalogue is left out."""
         places = self._places[items]
         return places[places >= 0]
-
-    def _batch(self, asker: Asker, items: Ids) -> dict[str, Tensor]:
-        rows = {name: t.expand(len(items), *t.shape[1:]) for name, t in asker.items()}
-        return {**self.catalog.item_batch(items), **rows}
 
     def _vectors(self) -> Floats:
         chunks = [self.ids[i : i + CHUNK] for i in range(0, len(self.ids), CHUNK)]
